@@ -1,0 +1,168 @@
+"""The one attention operation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnzoo.core.backends import BACKENDS, blockwise
+from attnzoo.core.blocks import BlockMap
+from attnzoo.core.request import Request, make_request
+from attnzoo.core.weights import Mixture, Weights, softmax
+from attnzoo.errors import unknown
+
+#: Up to this many logits per head, one dense product beats any walk over tiles.
+SMALL = 256 * 256
+
+
+def attention(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K Hv"],
+    *,
+    mask: Any = None,
+    bias: Float[Array, "..."] | None = None,
+    score: Any = None,
+    weights: Weights = softmax,
+    scale: float | Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    q_positions: Int[Array, "*B T"] | None = None,
+    kv_positions: Int[Array, "*B S"] | None = None,
+    backend: str = "auto",
+    block_sizes: tuple[int, int] | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Any:
+    """Attention that can be changed anywhere: ``out = weights(mask(score(scale · q kᵀ + bias))) v``.
+
+    Args:
+        q, k, v: queries, keys and values; N query heads are a multiple of the K key heads, head n reads key head
+            ``n // (N / K)``. Leading batch axes: any number, the same for all three.
+        mask: who may see whom: a :class:`~attnzoo.core.masks.Mask`, a bool array that broadcasts to ``[*B, N, T, S]``
+            (True: may be seen), or a function of int32 scalars ``(b, h, q, k) -> bool``. None: all see all.
+        bias: added to the scaled logits; broadcasts to ``[*B, N, T, S]``. -inf or the dtype's minimum hides a cell.
+        score: what is done to a logit next: a :class:`~attnzoo.core.scores.Score` or a function of scalars
+            ``(s, b, h, q, k) -> s``. Gradients reach the arrays it captures.
+        weights: how logits become weights, of :mod:`attnzoo.core.weights`. Default softmax.
+        scale: default ``H ** -0.5``.
+        dropout_rate, dropout_rng: dropout on the weights; which cells are dropped depends on the key and the cell alone.
+        q_positions, kv_positions: token positions (int32, ``[T]`` or ``[*B, T]``; ``[S]``, ``[*B, S]`` or ``[*B, K, S]``)
+            for masks and scores that compare positions. A key at position -1 is an empty slot that nobody sees.
+        backend: "auto", or one of "dense", "blockwise", "cudnn". :func:`explain` says what "auto" takes and why.
+        block_sizes: tile sizes (queries, keys) of "blockwise".
+        return_lse: also return the log-sum-exp of each row, ``[*B, T, N]`` float32.
+        return_weights: also return the weights, ``[*B, N, T, S]`` float32, before dropout (dense only).
+
+    Returns:
+        ``out [*B, T, N, Hv]`` in the type of ``v``, or a tuple ``(out, lse, weights)`` of what was asked for. A query that
+        sees nothing gets zeros, an lse of -inf, and zero gradients.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or a named backend that cannot run this.
+        TypeError: arguments of the wrong kind.
+
+    Logits and statistics are float32 whatever the inputs. "dense" differentiates to any order and in forward mode;
+    "blockwise" once, in reverse mode.
+    """
+    request, lead = make_request(
+        q, k, v, mask=mask, bias=bias, score=score, weights=weights, scale=scale, dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions, block_sizes=block_sizes,
+        return_lse=return_lse, return_weights=return_weights,
+    )  # fmt: skip
+    result = _run(request, backend)
+    out = result.out.astype(request.v.dtype)
+    returned = [out.reshape(*lead, *out.shape[1:])]
+    if return_lse:
+        lse = jnp.moveaxis(result.lse, 1, 2)
+        returned.append(lse.reshape(*lead, *lse.shape[1:]))
+    if return_weights:
+        returned.append(result.weights.reshape(*lead, *result.weights.shape[1:]))
+    return returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def _run(request: Request, backend: str) -> Any:
+    if not isinstance(request.weights, Mixture):
+        name, _ = _choose(request, backend)
+        return BACKENDS[name].run(request)
+    if request.return_lse:
+        raise ValueError(f"return_lse: {request.weights} has no log-sum-exp; leave it out, or use softmax weights")
+    parts = []
+    for coefficient, weights in request.weights.parts():
+        part = _run(dataclasses.replace(request, weights=weights), backend)
+        c = jnp.asarray(coefficient, jnp.float32)
+        parts.append(part._replace(
+            out=part.out * c.reshape(-1, 1),
+            lse=None,
+            weights=None if part.weights is None else part.weights * c.reshape(-1, 1, 1),
+        ))  # fmt: skip
+    return jax.tree.map(lambda *xs: sum(xs), *parts)
+
+
+def _choose(r: Request, backend: str) -> tuple[str, str]:
+    """The backend to run and why; raises for a named one that cannot."""
+    reasons = {name: module.refusal(r) for name, module in BACKENDS.items()}
+    able = [name for name, reason in reasons.items() if reason is None]
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise unknown("backend", backend, [*BACKENDS, "auto"])
+        if reasons[backend] is not None:
+            can = f"{' and '.join(repr(x) for x in able)} can" if able else "no backend can"
+            raise ValueError(f"backend {backend!r} cannot run this: {reasons[backend]}; {can}")
+        return backend, "asked for"
+    if not able:
+        raise ValueError("no backend can run this: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
+    g = r.geometry
+    if "dense" in able and "cudnn" not in able and g.queries * g.keys <= SMALL:
+        return "dense", f"T×S = {g.queries}×{g.keys} is small: one dense product is quickest"
+    others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why is not None and name != "dense")
+    return able[0], f"the first of {', '.join(BACKENDS)} that can run this" + (f" ({others})" if others else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What ``attention`` would do with the same arguments."""
+
+    backend: str
+    reason: str
+    refused: dict[str, str]
+    block_map: BlockMap | None
+    mask: str
+    score: str
+    weights: str
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend} ({self.reason})"]
+        lines += [f"  {name} cannot: {why}" for name, why in self.refused.items()]
+        lines += [f"mask: {self.mask}", f"score: {self.score}", f"weights: {self.weights}"]
+        if self.block_map is not None:
+            lines.append(f"tiles: {self.block_map}")
+        return "\n".join(lines)
+
+
+def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments: Any) -> Explanation:
+    """Which backend ``attention`` takes for these arguments and why, which cannot run them, and which tiles are visited.
+
+    Takes what :func:`attention` takes; computes nothing of the attention itself. Also accepts ``jax.ShapeDtypeStruct`` for
+    q, k and v.
+    """
+    defaults = dict(mask=None, bias=None, score=None, weights=softmax, scale=None, dropout_rate=0.0, dropout_rng=None,
+                    q_positions=None, kv_positions=None, block_sizes=None, return_lse=False, return_weights=False)  # fmt: skip
+    for name in arguments:
+        if name not in defaults:
+            raise unknown("argument", name, defaults)
+    q, k, v = (jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in (q, k, v))
+    r, _ = make_request(q, k, v, **(defaults | arguments))
+    parts = [w for _, w in r.weights.parts()] if isinstance(r.weights, Mixture) else [r.weights]
+    r = dataclasses.replace(r, weights=parts[0])
+    name, reason = _choose(r, backend)
+    refused = {n: why for n, m in BACKENDS.items() if (why := m.refusal(r)) is not None}
+    tiles = blockwise.map_of(r) if name == "blockwise" else None
+    shown = arguments.get("weights", softmax)
+    return Explanation(name, reason, refused, tiles, str(r.mask), str(r.score), str(shown))
+
+

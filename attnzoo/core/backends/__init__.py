@@ -1,0 +1,8 @@
+"""Ways to run the one operation. Each module has ``refusal(request) -> str | None`` and ``run(request) -> Result``."""
+
+from types import ModuleType
+
+from attnzoo.core.backends import blockwise, cudnn, dense
+
+#: By name, in the order in which ``backend="auto"`` prefers them where several can run a request.
+BACKENDS: dict[str, ModuleType] = {"cudnn": cudnn, "blockwise": blockwise, "dense": dense}

@@ -1,0 +1,81 @@
+"""Attention over a cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from attnzoo.core.attention import attention
+from attnzoo.core.cache.layer import EMPTY, LayerCache
+from attnzoo.core.masks import Causal
+
+Read = Callable[[PyTree], tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"]]]
+"""How a payload becomes keys and values, both heads-major."""
+
+
+def read_kv(payload: PyTree) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
+    """The default `read`: payloads that are {"k": ..., "v": ...}."""
+    return payload["k"], payload["v"]
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    cache: Any,
+    *,
+    q_positions: Int[Array, "B T"] | None = None,
+    mask: Any = Causal(),  # noqa: B008  (immutable)
+    read: Read = read_kv,
+    **options: Any,
+) -> Any:
+    """`attention` of T queries over everything a cache holds, the tokens just appended included.
+
+    Logits are `scale * q·k + log w`; a slot is visible if it holds something and `mask` admits its position.
+
+    Args:
+        q: queries, position already applied.
+        cache: any layout with a `view()`: `LayerCache`, `PagedCache`.
+        q_positions: positions of the queries, `cache.next_positions(T)` taken before the append. May be left
+            out for T = 1 (the newest token of each row) and when `mask` is None.
+        mask: compared with token positions; the default hides slots whose position is greater than the
+            query's. None shows every slot that holds something (cross-attention memories, imported prompt
+            modules).
+        read: turns the payload into heads-major keys and values; latents and factors are expanded here. Heads
+            that share one payload head may be returned expanded: (B, N, S, H) from a payload of one head.
+        options: score, weights, scale, backend, return_lse, return_weights, ..., as in `attention`.
+
+    Returns:
+        out [B, T, N, Hv], or what `attention` returns when more is asked for. Rows that see nothing give 0.
+
+    Raises:
+        ValueError: T > 1 queries under a mask without `q_positions`.
+    """
+    batch, length, heads, _ = q.shape
+    view: LayerCache = cache.view()
+    k, v = read(view.payload)
+    pos, w = view.pos, view.w
+    if k.shape[1] != pos.shape[1]:
+        pos = jnp.broadcast_to(pos, (batch, *k.shape[1:3]))
+        w = jnp.broadcast_to(w, (batch, *k.shape[1:3]))
+    if q_positions is None:
+        if length > 1 and mask is not None:
+            raise ValueError(
+                f"q_positions: needed for T={length} queries under {mask}; "
+                "take cache.next_positions(T) before append"
+            )
+        q_positions = jnp.broadcast_to(view.seen[:, None] - 1, (batch, length))
+    bias = None
+    if view.weighted:
+        counted = jnp.where(w > 0, w, 1.0)  # empty slots are hidden by their position, and log 0 is avoided
+        pos = jnp.where(w > 0, pos, EMPTY)
+        bias = jnp.repeat(jnp.log(counted), heads // k.shape[1], axis=1)[:, :, None, :]  # [B, N, 1, S]
+    return attention(
+        q,
+        jnp.swapaxes(k, 1, 2),
+        jnp.swapaxes(v, 1, 2),
+        mask=mask,
+        bias=bias,
+        q_positions=q_positions,
+        kv_positions=pos,
+        **options,
+    )

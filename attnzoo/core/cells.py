@@ -1,0 +1,172 @@
+"""Coordinates: what a mask or a score sees when it is asked about a rectangle of the logits.
+
+A request has a :class:`Geometry` (its sizes and token positions). Whoever computes logits does so in rectangles, whole or
+tile by tile; each rectangle has :class:`Cells` that say which batch row, head, row, column and token positions it covers.
+Arrays that a mask or a score carries are declared as :class:`Operand`, so that every backend can cut the part that belongs
+to a rectangle (and add its gradient back) without looking inside the object that carries them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+Index = Any  # an int32 array, numpy or JAX
+
+
+def concrete(x: Any) -> np.ndarray | None:
+    """``x`` as a numpy array, or None while its value is only known inside a trace."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+class Cells(NamedTuple):
+    """Coordinates of a rectangle of logits ``[B', N', T', S']``; every field broadcasts against it.
+
+    ``b`` batch row ``[B', 1, 1, 1]``, ``h`` query head ``[1, N', 1, 1]``, ``t`` row and ``s`` column of this call
+    (``[1, 1, T', 1]``, ``[1, 1, 1, S']``), ``q`` and ``k`` the token positions there (equal to ``t`` and ``s`` unless
+    the caller gave positions; then ``[B'|1, 1, T', 1]`` and ``[B'|1, N'|1, 1, S']``).
+    """
+
+    b: Index
+    h: Index
+    t: Index
+    s: Index
+    q: Index
+    k: Index
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes and positions of one request: ``q [B, T, N, H]`` against ``k [B, S, K, H]``."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    q_positions: Int[Array, "B|1 T"] | None = None
+    kv_positions: Int[Array, "B|1 K|1 S"] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether positions are simply the row and column numbers."""
+        return self.q_positions is None and self.kv_positions is None
+
+
+Kind = Literal["aligned", "distance", "whole"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array carried by a mask or a score, and how it lies over the logits.
+
+    ``aligned``: ``[B|1, N|1, T|1, S|1]``, cut like the logits.
+    ``distance``: ``[N|1, T + S - 1]``, a value for every ``t - s``; entry 0 belongs to ``t - s = 1 - S``.
+    ``whole``: any shape, handed over uncut and indexed by coordinates.
+    """
+
+    x: Any
+    kind: Kind = "whole"
+
+
+class Bound(NamedTuple):
+    """A mask or a score tied to a geometry: its arrays, and the function that applies them.
+
+    Masks: ``apply(cells, *parts) -> bool`` broadcastable to the rectangle. Scores: ``apply(s, cells, *parts) -> s``.
+    The function holds no arrays of its own; all of them are in ``operands`` (in the order of ``parts``).
+    """
+
+    operands: tuple[Operand, ...]
+    apply: Callable[..., Any]
+
+
+class Tile(NamedTuple):
+    """Where a rectangle starts (may be traced) and how large it is (Python ints)."""
+
+    start: tuple[Any, Any, Any, Any]
+    size: tuple[int, int, int, int]
+
+
+def cells_of(g: Geometry, tile: Tile) -> Cells:
+    """Coordinates of one tile. Tiles may reach past the end of rows and columns; positions there are those of the last one."""
+    (b0, h0, t0, s0), (nb, nh, nt, ns) = tile
+    b = b0 + lax.broadcasted_iota(jnp.int32, (nb, 1, 1, 1), 0)
+    h = h0 + lax.broadcasted_iota(jnp.int32, (1, nh, 1, 1), 1)
+    t = t0 + lax.broadcasted_iota(jnp.int32, (1, 1, nt, 1), 2)
+    s = s0 + lax.broadcasted_iota(jnp.int32, (1, 1, 1, ns), 3)
+    q, k = jnp.minimum(t, g.queries - 1), jnp.minimum(s, g.keys - 1)
+    if g.q_positions is not None:
+        rows = b if g.q_positions.shape[0] > 1 else jnp.zeros_like(b)
+        q = jnp.asarray(g.q_positions)[rows, q]
+    if g.kv_positions is not None:
+        rows = b if g.kv_positions.shape[0] > 1 else jnp.zeros_like(b)
+        group = lax.div(h, jnp.int32(g.heads // g.kv_heads)) if g.kv_positions.shape[1] > 1 else jnp.zeros_like(h)
+        k = jnp.asarray(g.kv_positions)[rows, group, k]
+    return Cells(b, h, t, s, q, k)
+
+
+def all_cells(g: Geometry) -> Cells:
+    """Coordinates of the whole ``[B, N, T, S]`` rectangle."""
+    return cells_of(g, Tile((0, 0, 0, 0), (g.batch, g.heads, g.queries, g.keys)))
+
+
+def pad_operand(op: Operand, rows: int, cols: int) -> Operand:
+    """Extend an operand by ``rows`` and ``cols`` zeros, so that the last tiles can be cut from it."""
+    if op.kind == "aligned":
+        grow = [(0, 0), (0, 0), (0, rows if op.x.shape[2] > 1 else 0), (0, cols if op.x.shape[3] > 1 else 0)]
+    elif op.kind == "distance":  # columns past S come before entry 0
+        grow = [(0, 0), (cols, rows)]
+    else:
+        return op
+    return op if not any(map(sum, grow)) else dataclasses.replace(op, x=jnp.pad(op.x, grow))
+
+
+def operand_window(op: Operand, tile: Tile, keys: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Start and size of the part of a (padded) operand that belongs to ``tile``; ``keys`` is S with its padding."""
+    if op.kind == "aligned":
+        whole = op.x.shape
+        start = tuple(0 if n == 1 else a for n, a in zip(whole, tile.start, strict=True))
+        return start, tuple(1 if n == 1 else m for n, m in zip(whole, tile.size, strict=True))
+    if op.kind == "distance":
+        (_, h0, t0, s0), (_, nh, nt, ns) = tile
+        one = op.x.shape[0] == 1
+        return (0 if one else h0, t0 - s0 + keys - ns), (1 if one else nh, nt + ns - 1)
+    return (0,) * op.x.ndim, op.x.shape
+
+
+def cut(op: Operand, tile: Tile, keys: int) -> Array:
+    """The part of ``op`` that belongs to ``tile`` (for ``distance``: the window of distances, see :func:`spread`)."""
+    if op.kind == "whole":
+        return op.x
+    start, size = operand_window(op, tile, keys)
+    return op.x if size == op.x.shape else lax.dynamic_slice(op.x, start, size)
+
+
+def spread(op: Operand, part: Array, tile: Tile) -> Array:
+    """A cut part as the mask or score wants it: broadcastable to the tile, or the whole array.
+
+    A window ``w`` of distances becomes ``out[i, j] = w[i - j + ns - 1]``. Read backwards and repeated with period L, row i
+    of the result starts at ``nt - 1 + i (L - 1)``, so one reshape does it: no gather, and its transpose is no scatter.
+    """
+    if op.kind != "distance":
+        return part
+    nt, ns = tile.size[2:]
+    heads, period = part.shape
+    back = part[:, ::-1]
+    if nt == 1:
+        return back[None, :, None, :]
+    long = jnp.broadcast_to(back[:, None], (heads, nt, period)).reshape(heads, nt * period)
+    skewed = long[:, nt - 1 : nt - 1 + nt * (period - 1)].reshape(heads, nt, period - 1)
+    return skewed[None, :, :, :ns]
+
+
+def visible_slots(g: Geometry, c: Cells) -> Bool[Array, "..."] | None:
+    """Cells whose key slot holds a token; None when every slot does (no positions were given)."""
+    return None if g.kv_positions is None else c.k >= 0

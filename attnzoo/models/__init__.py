@@ -1,0 +1,1 @@
+"""Small complete networks with a slot for the attention mechanism."""

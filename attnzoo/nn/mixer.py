@@ -1,0 +1,146 @@
+"""The protocol every drop-in for attention follows."""
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from attnzoo.core import masks
+
+
+class Mixer(nnx.Module):
+    """A drop-in for attention: mixes tokens, x [B, T, D] -> [B, T, D].
+
+    Constructors share a head and add their own arguments, all with defaults:
+
+        Mixer(dim, num_heads, *, causal=False, positions=None, dtype=None, param_dtype=jnp.float32, rngs, ...)
+
+    `positions` is an object of `core.positions` that is applied to queries and keys (`RoPE()`), or None.
+
+    A class says what it can do by its traits; the contract tests run by them:
+
+    decodes: has `init_cache` and `prefill` (built with causal=True, or given a memory).
+    bidirectional: may be built with causal=False.
+    crosses: takes `memory=`, another sequence [B, S, D] that keys and values come from.
+    carries: threads a value through depth. The call takes `carry=` (None at the first layer) and returns
+        (y, carry); so does `prefill`, last.
+    layered: the constructor also takes `layer=` (0-based) and `num_layers=`.
+    padding_invariant: what padded tokens hold never changes the output at real ones.
+    batch_independent: no row of a batch changes another.
+    """
+
+    decodes: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
+    crosses: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
+    layered: ClassVar[bool] = False
+    padding_invariant: ClassVar[bool] = True
+    batch_independent: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Any = None,
+        positions: Int[Array, "..."] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """y [B, T, D], or (y, carry) for a mixer that carries.
+
+        mask: who may see whom, as `core.attention` takes it; combined with the causal mask that a mixer built
+            with causal=True adds itself.
+        positions: of the tokens, [T] or [B, T] (with a trailing axis for grids); 0, 1, ... by default.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__")
+
+    def init_cache(self, batch: int, length: int, *, dtype: DTypeLike | None = None) -> PyTree[Array]:
+        """What decoding remembers: fixed-size buffers for `length` tokens of `batch` rows.
+
+        Every leaf has the rows on its first axis. Mixers that cross also take `memory` [B, S, D] and
+        `memory_mask` [B, S] (True where a token is real) and keep its keys and values instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not decode: it has no cache")
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        cache: PyTree,
+        *,
+        mask: Any = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> Any:
+        """(y, cache), or (y, cache, carry): T more tokens, seen after everything the cache holds.
+
+        lengths: real tokens of right-padded rows; padding is not remembered and its outputs mean nothing.
+        mask: compared by position; masks that hold one entry per token are aligned with the cache's slots.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not decode: it has no prefill")
+
+    def step(self, x: Float[Array, "B 1 D"], cache: PyTree, **kwargs: Any) -> Any:
+        """One more token per row: `prefill` with T = 1, unless a mixer has a shorter way."""
+        return self.prefill(x, cache, **kwargs)
+
+    def reorder_cache(self, cache: PyTree, rows: Int[Array, "R"]) -> PyTree:
+        """The cache whose row i is row `rows[i]` of this one (beam search)."""
+        return jax.tree.map(lambda leaf: leaf[rows], cache)
+
+    def thread(self, x: Float[Array, "B T D"], carry: PyTree = None, **kwargs: Any) -> tuple[Array, PyTree]:
+        """(y, carry), whether this mixer carries or not: what models call."""
+        if self.carries:
+            return self(x, carry=carry, **kwargs)
+        return self(x, **kwargs), carry
+
+    def thread_prefill(
+        self, x: Float[Array, "B T D"], cache: PyTree, carry: PyTree = None, **kwargs: Any
+    ) -> tuple[Array, PyTree, PyTree]:
+        """(y, cache, carry), whether this mixer carries or not."""
+        if self.carries:
+            return self.prefill(x, cache, carry=carry, **kwargs)
+        return *self.prefill(x, cache, **kwargs), carry
+
+    def thread_step(
+        self, x: Float[Array, "B 1 D"], cache: PyTree, carry: PyTree = None, **kwargs: Any
+    ) -> tuple[Array, PyTree, PyTree]:
+        """(y, cache, carry), whether this mixer carries or not."""
+        if self.carries:
+            return self.step(x, cache, carry=carry, **kwargs)
+        return *self.step(x, cache, **kwargs), carry
+
+    def cache_numbers_per_token(self) -> float:
+        """Payload numbers a row's cache grows by for each further token; 0 for states of fixed size.
+
+        Counts the floating-point leaves of `init_cache`, less what is kept about a slot rather than in it
+        (leaves without a feature axis: positions, multiplicities, running scores).
+        """
+
+        def numbers(length: int) -> int:
+            shapes = jax.eval_shape(lambda: self.init_cache(1, length))
+            return sum(
+                math.prod(leaf.shape)
+                for leaf in jax.tree.leaves(shapes)
+                if leaf.ndim > 3 and jnp.issubdtype(leaf.dtype, jnp.floating)
+            )
+
+        return (numbers(2048) - numbers(1024)) / 1024
+
+
+def token_mask(lengths: Int[Array, "B"], length: int) -> Bool[Array, "B T"]:
+    """True at the first `lengths` of `length` tokens."""
+    return jnp.arange(length) < jnp.asarray(lengths)[:, None]
+
+
+def both(mask: Any, other: Any) -> Any:
+    """What both masks allow; either may be a mask object, a bool array, a callable or None (everything)."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    return _as_mask(mask) & _as_mask(other)
+
+
+def _as_mask(mask: Any) -> masks.Mask:
+    if isinstance(mask, masks.Mask):
+        return mask
+    return masks.Function(mask) if callable(mask) else masks.Array(jnp.asarray(mask))

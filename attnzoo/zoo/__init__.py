@@ -1,0 +1,1 @@
+"""The exhibits: one paper, one file, grouped by family."""

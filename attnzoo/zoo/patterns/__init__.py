@@ -1,0 +1,1 @@
+"""Exhibits that change who may see whom."""

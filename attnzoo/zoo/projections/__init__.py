@@ -1,0 +1,1 @@
+"""Exhibits that change how queries, keys, values and heads come about."""

@@ -1,0 +1,295 @@
+"""Attention Is All You Need (Vaswani et al., 2017, arXiv 1706.03762): the base that every exhibit varies.
+
+Tokens x [B, T, D] (and a memory [B, S, D], or x itself) become N query heads and K heads of keys and values:
+
+    q = x W_Q [B, T, N, H]      k = m W_K [B, S, K, H]      v = m W_V [B, S, K, H]            (paper §3.2.2)
+    o_n = softmax(q_n k_{n // G}ᵀ / sqrt(H)) v_{n // G},   G = N / K                           (eq. 1)
+    y = concat_n(o_n) W_O
+
+K = N is the paper's multi-head attention, K = 1 multi-query (Shazeer 2019, arXiv 1911.02150), between them
+grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245). Decoding keeps k (after its position is
+applied) and v: 2·K·H numbers per token and layer.
+
+The networks around it (encoder-decoder, decoder LM), beam search, the learning-rate schedule and the
+label-smoothed loss of the paper live in `attnzoo.models`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from attnzoo.core.attention import attention
+from attnzoo.core.cache import EMPTY, LayerCache, append, cached_attention, init_cache
+from attnzoo.core.masks import Causal
+from attnzoo.core.positions import RoPE
+from attnzoo.nn.linear import QKV, default_init, dropout, dropout_arguments, merge_heads
+from attnzoo.nn.mixer import Mixer, both
+from attnzoo.paper import Paper
+
+
+def scaled_dot_product_attention(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K Hv"],
+    *,
+    mask: Any = None,
+    causal: bool = False,
+) -> Float[Array, "*B T N Hv"]:
+    """softmax(q kᵀ / sqrt(H)) v (eq. 1); query head n reads key and value head n // (N / K).
+
+    causal: query t sees keys s <= t + (S - T), so the ends of both sequences line up.
+    mask: as in `core.attention`; what both allow is seen. Queries that see nothing give 0.
+    """
+    triangle = Causal(offset=k.shape[-3] - q.shape[-3]) if causal else None
+    return attention(q, k, v, mask=both(triangle, mask))
+
+
+class GroupedQueryAttention(Mixer):
+    """Attention with N query heads and K heads of keys and values; x [B, T, D] -> [B, T, D].
+
+    dim, num_heads: D and N.
+    causal: every token sees itself and what is before it, by position.
+    positions: applied to queries and keys (`RoPE()`), or None. Not together with a memory.
+    num_kv_heads: K, a divisor of N; N by default (multi-head attention), 1 is multi-query attention.
+    head_dim: H, D / N by default.
+    use_bias: biases on the four projections; the paper has none.
+    dropout_rate: of attention weights.
+    backend: of `core.attention`.
+
+    Raises ValueError for head counts that do not divide.
+    """
+
+    crosses = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        causal: bool = False,
+        positions: RoPE | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        use_bias: bool = False,
+        dropout_rate: float = 0.0,
+        backend: str = "auto",
+        kernel_init: nnx.Initializer = default_init,
+        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options = {
+            "use_bias": use_bias,
+            "kernel_init": kernel_init,
+            "precision": precision,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        self.qkv = QKV(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
+        self.out = merge_heads(num_heads, self.qkv.head_dim, dim, **options)
+        self.causal, self.positions, self.backend = causal, positions, backend
+        self.cache_dtype = dtype or param_dtype
+        self.dropout = dropout(dropout_rate, rngs)
+
+    def attention_arguments(self) -> dict[str, Any]:
+        """What every call of `core.attention` is given besides q, k, v, mask and positions.
+
+        Exhibits that change the score or the weights extend this one method; cached decoding follows.
+        """
+        return {"backend": self.backend}
+
+    def _mask(self, mask: Any) -> Any:
+        return both(Causal() if self.causal else None, mask)
+
+    def _check_memory(self) -> None:
+        if self.causal or self.positions is not None:
+            raise ValueError(
+                "memory: positions of two sequences do not compare; cross-attention is built with "
+                f"causal=False and positions=None, this has causal={self.causal} and {self.positions}"
+            )
+
+    def _rotate(self, x: Array, positions: Array) -> Array:
+        return x if self.positions is None else self.positions.rotate(x, positions)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Any = None,
+        positions: Int[Array, "..."] | None = None,
+        memory: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """memory: attend to this sequence instead of x itself; `mask` is then of T queries and S keys."""
+        if memory is not None:
+            self._check_memory()
+        q, k, v = self.qkv(x, memory)
+        tokens = jnp.arange(x.shape[1]) if positions is None else positions
+        q, k = self._rotate(q, tokens), self._rotate(k, tokens)
+        sequence = None if positions is None or self._on_grid else positions
+        o = attention(
+            q,
+            k,
+            v,
+            mask=self._mask(mask),
+            q_positions=sequence,
+            kv_positions=sequence if memory is None else None,
+            **self.attention_arguments(),
+            **dropout_arguments(self.dropout),
+        )
+        return self.out(o)
+
+    @property
+    def _on_grid(self) -> bool:
+        """Whether positions are coordinates, which masks do not compare."""
+        return self.positions is not None and self.positions.num_axes > 1
+
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+        *,
+        dtype: DTypeLike | None = None,
+        memory: Float[Array, "B S D"] | None = None,
+        memory_mask: Bool[Array, "B S"] | None = None,
+    ) -> LayerCache:
+        """Room for `length` tokens; with a memory, its keys and values, computed once.
+
+        memory_mask: True at the memory's real tokens.
+        Raises ValueError for a mixer that is neither causal nor given a memory: its earlier outputs would
+        depend on later tokens.
+        """
+        heads, width = self.qkv.num_kv_heads, self.qkv.head_dim
+        spec = {"k": (heads, width), "v": (heads, width)}
+        if memory is None:
+            if not self.causal:
+                raise ValueError("causal: only a mixer built with causal=True, or given a memory, can decode")
+            return init_cache(batch, length, spec, dtype=dtype or self.cache_dtype)
+        self._check_memory()
+        if memory_mask is not None and memory_mask.shape != memory.shape[:2]:
+            raise ValueError(
+                f"memory_mask: one entry per token of memory {memory.shape} is needed: {memory.shape[:2]}, "
+                f"got {memory_mask.shape}"
+            )
+        cache = init_cache(batch, memory.shape[1], spec, dtype=dtype or self.cache_dtype)
+        cache = append(cache, {"k": self.qkv.key(memory), "v": self.qkv.value(memory)})
+        if memory_mask is None:
+            return cache
+        return dataclasses.replace(cache, pos=jnp.where(memory_mask[:, None, :], cache.pos, EMPTY))
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache,
+        *,
+        mask: Any = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The tokens x after those in the cache; a mixer that is not causal finds its memory there."""
+        positions = cache.next_positions(x.shape[1])
+        q = self._rotate(self.qkv.query(x), positions)
+        if self.causal:
+            k, v = self._rotate(self.qkv.key(x), positions), self.qkv.value(x)
+            cache = append(cache, {"k": k, "v": v}, lengths)
+        o = cached_attention(
+            q, cache, q_positions=positions, mask=self._mask(mask), **self.attention_arguments()
+        )
+        return self.out(o), cache
+
+
+class MultiHeadAttention(GroupedQueryAttention):
+    """K = N (paper §3.2.2): every query head has its own keys and values."""
+
+    def __init__(self, dim: int, num_heads: int, **options: Any):
+        super().__init__(dim, num_heads, num_kv_heads=num_heads, **options)
+
+
+class MultiQueryAttention(GroupedQueryAttention):
+    """K = 1 (Shazeer 2019): all query heads share one head of keys and values."""
+
+    def __init__(self, dim: int, num_heads: int, **options: Any):
+        super().__init__(dim, num_heads, num_kv_heads=1, **options)
+
+
+def mha_to_gqa(params: nnx.State, num_kv_heads: int) -> nnx.State:
+    """Parameters with fewer heads of keys and values, each the mean of its group (Ainslie et al. 2023, §2.1).
+
+    params: of a mixer, or of a whole model (stacked layers too); every `QKV` in it is converted, the rest is
+    kept. Put them into a model built with that num_kv_heads by `nnx.update`.
+    Raises ValueError when num_kv_heads does not divide the heads, or nothing is there to convert.
+    """
+    flat = []
+    converted = 0
+    for path, variable in nnx.to_flat_state(params):
+        if path[-3:-1] in (("qkv", "key"), ("qkv", "value")):
+            value = variable.get_value()
+            *lead, heads, width = value.shape
+            if num_kv_heads < 1 or heads % num_kv_heads:
+                raise ValueError(f"num_kv_heads: {num_kv_heads} does not divide the {heads} heads of {path}")
+            pooled = value.reshape(*lead, num_kv_heads, heads // num_kv_heads, width).mean(axis=-2)
+            variable = variable.replace(pooled)
+            converted += 1
+        flat.append((path, variable))
+    if not converted:
+        raise ValueError("params: no key or value projection found (paths end in qkv, key|value, kernel)")
+    return nnx.from_flat_state(flat)
+
+
+def kv_cache_bytes(
+    length: int,
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    batch: int = 1,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> int:
+    """Bytes of keys and values of a whole model: 2 · B · S · L · K · H · itemsize."""
+    return 2 * batch * length * num_layers * num_kv_heads * head_dim * jnp.dtype(dtype).itemsize
+
+
+PAPER = Paper(
+    41,
+    "transformer",
+    "Attention Is All You Need",
+    "projections",
+    builds=(
+        scaled_dot_product_attention,
+        GroupedQueryAttention,
+        MultiHeadAttention,
+        MultiQueryAttention,
+        mha_to_gqa,
+        kv_cache_bytes,
+        "attnzoo.core.positions:sinusoidal_positions",
+        "attnzoo.core.positions:RoPE",
+        "attnzoo.core.cache:LayerCache",
+        "attnzoo.models.lm:DecoderLM",
+        "attnzoo.models.encoder:Encoder",
+        "attnzoo.models.seq2seq:Transformer",
+        "attnzoo.models.decoding:greedy",
+        "attnzoo.models.decoding:beam_search",
+        "attnzoo.models.objectives:label_smoothed_ce",
+        "attnzoo.models.objectives:noam_schedule",
+    ),
+    mixer=GroupedQueryAttention,
+    costs={
+        "cache numbers per token": "2 * K * H",
+        "parameters": "2 * D * N * H + 2 * D * K * H",
+        "multiply-adds": "T * (2 * D * N * H + 2 * D * K * H) + 2 * T * S * N * H",
+    },
+    code="flax, torch, transformers",
+    parity=(
+        "flax.linen.MultiHeadDotProductAttention, jax.nn.dot_product_attention and torch's "
+        "scaled_dot_product_attention(enable_gqa=True), each to 1e-5"
+    ),
+    notes=(
+        "Multi-query and grouped-query attention are later papers, built here because others vary them. "
+        "Beam search lets an end of sequence finish only when it ranks within the beam, so that one beam "
+        "without length penalty is greedy search."
+    ),
+)

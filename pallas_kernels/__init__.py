@@ -1,0 +1,1 @@
+"""Fused attention kernels for TPU and GPU; imports nothing of attnzoo."""

@@ -1,0 +1,1 @@
+"""Sharded training: configuration, data, loop, checkpoints and the claims of the papers."""

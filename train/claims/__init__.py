@@ -1,0 +1,1 @@
+"""One small experiment per paper: its central claim on this library."""

@@ -1,0 +1,132 @@
+"""The commands `attnzoo train | compare | generate | claim`. What a user got wrong is raised as ValueError."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+from rich.console import Console
+
+from train.config import Config, differences, smoke
+from train.generate import GenerateConfig, generate
+from train.loop import train
+from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
+from train.report import print_header, print_result
+from train.rundir import free_folder, open_run
+from train.tasks import task_class
+
+_TRAIN = """\
+Trains a small model with any mixer: two minutes on two CPU cores by default, a pod by configuration.
+
+examples:
+  attnzoo train
+  attnzoo train --mixer transformer --mixer.num-kv-heads 1
+  attnzoo train --mixer value_residual --steps 800 --seed 1
+  attnzoo train --task digits
+  attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
+  attnzoo train --smoke --out /tmp/smoke
+  attnzoo train --resume runs/text-transformer
+"""
+
+_GENERATE = """\
+Continues a prompt with a trained language model.
+
+examples:
+  attnzoo generate --checkpoint runs/text-transformer --prompt "The statement"
+  attnzoo generate --checkpoint runs/text-transformer --prompt "A class" --temperature 0 --max-new 80
+  attnzoo generate --checkpoint runs/text-transformer/checkpoints/200 --prompt "if" --top-k 20 --seed 3
+"""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """`attnzoo train`."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: str | None = None
+    """Folder of the run; by default runs/TASK-MIXER, with a number if that is taken."""
+    resume: str | None = None
+    """Continue the run in this folder, exactly where its last checkpoint stands."""
+    smoke: bool = False
+    """A run of CI length: at most 20 steps with 8 examples each."""
+
+
+def train_main(argv: Sequence[str]) -> int:
+    """`attnzoo train`: 0 when the run is finished, 130 when it was interrupted and can be resumed."""
+    command = parse_train(argv)
+    config = command.config
+    if command.resume is not None:
+        folder = Path(command.resume).expanduser()
+    elif command.out is not None:
+        folder = Path(command.out).expanduser()
+    else:
+        folder = free_folder(f"{config.task}-{config.mixer}")
+    console = Console()
+    print_header(console, config, folder)
+    result = train(config, folder, resume=command.resume is not None, console=console)
+    if result.interrupted:
+        console.print(
+            f"\ninterrupted after step {result.step} of {config.steps}, which is saved. Continue with\n"
+            f"  attnzoo train --resume {shlex.quote(str(folder))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 130
+    print_result(console, config, result)
+    return 0
+
+
+def parse_train(argv: Sequence[str]) -> TrainCommand:
+    """The command of a command line. Defaults are those of the task, or of the run to be resumed.
+
+    Raises ValueError for unknown tasks, mixers and mixer arguments, and for options that would make a resumed
+    run another one. Other mistakes end in tyro's own message and exit code 2.
+    """
+    line, taken = take_mixer_args(argv)
+    resume = _option(line, "--resume")
+    if resume is not None and _option(line, "--out") is not None:
+        raise ValueError("--out: a resumed run stays in its folder; give --resume alone")
+    stored = None if resume is None else open_run(Path(resume).expanduser()).config
+    default = stored or task_class(_option(line, "--task") or Config.task).defaults()
+    mixer = _option(line, "--mixer") or default.mixer
+    description = f"{_TRAIN}\narguments of the mixer {mixer}:\n{describe_mixer_args(mixer)}"
+    command = _parse(TrainCommand, line, "train", description, TrainCommand(config=default))
+    config = smoke(command.config) if command.smoke else command.config
+    if taken:
+        config = replace(config, mixer_args={**config.mixer_args, **parse_mixer_args(config.mixer, taken)})
+    changed = differences(stored, config) if stored else []
+    if changed:
+        raise ValueError(
+            f"--resume: {resume} is a run of another configuration: {', '.join(changed)}. Leave these options "
+            "out to continue it, or start a new run with --out"
+        )
+    return replace(command, config=config)
+
+
+def generate_main(argv: Sequence[str]) -> int:
+    """`attnzoo generate`: prints the prompt and what the model makes of it."""
+    config = _parse(GenerateConfig, argv, "generate", _GENERATE)
+    print(config.prompt + generate(config))
+    return 0
+
+
+_Command = TypeVar("_Command")
+
+
+def _parse(
+    kind: type[_Command], argv: Sequence[str], name: str, description: str, default: _Command | None = None
+) -> _Command:
+    options = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(argv), prog=f"attnzoo {name}", description=description, **options)
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The value of an option before the command line is parsed, because the defaults depend on it."""
+    for index, word in enumerate(argv):
+        if word.startswith(name + "="):
+            return word.partition("=")[2]
+        if word == name and index + 1 < len(argv):
+            return argv[index + 1]
+    return None

@@ -1,0 +1,111 @@
+"""The folder of a run: how it is claimed, what it holds, how it is found again."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import Checkpoints
+from train.config import Config, from_json
+from train.metrics import write_atomically
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class About:
+    """What has to be the same for a run to go on: stored in its folder and in every checkpoint."""
+
+    config: Config
+    data: dict[str, str]
+    versions: dict[str, str]
+
+    @staticmethod
+    def now(config: Config, data_name: str, fingerprint: str) -> "About":
+        versions = {name: version(name) for name in ("jax", "flax", "optax", "grain")}
+        return About(config, {"name": data_name, "fingerprint": fingerprint}, {"python": platform.python_version(), **versions})
+
+    def as_json(self) -> dict[str, Any]:
+        return {"config": self.config.as_json(), "data": self.data, "versions": self.versions}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "About":
+        return About(from_json(values["config"]), values["data"], values["versions"])
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises ValueError when the data of the run was other data."""
+        if fingerprint != self.data["fingerprint"]:
+            raise ValueError(
+                f"the data is not what this run was trained on: {self.data['name']!r} has fingerprint "
+                f"{fingerprint[:12]}, the run has {self.data['fingerprint'][:12]} (made with Python "
+                f"{self.versions['python']}; this is {platform.python_version()}, and the text of python_topics "
+                "differs between versions of Python). Resume with the same data, or start a new run"
+            )
+
+
+def new_run(folder: Path, about: About) -> None:
+    """Claims `folder` for a run, before anything is written there.
+
+    Raises ValueError when it holds a run already. Of two processes that try at once, one gets it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CHECKPOINTS).exists():
+        raise _taken(folder)
+    scratch = folder / f".{CONFIG}.{os.getpid()}"
+    write_atomically(scratch, json.dumps(about.as_json(), indent=1) + "\n")
+    try:
+        os.link(scratch, folder / CONFIG)  # fails if it is there, unlike a rename
+    except FileExistsError:
+        raise _taken(folder) from None
+    finally:
+        scratch.unlink()
+
+
+def _taken(folder: Path) -> ValueError:
+    return ValueError(
+        f"--out: {folder} already holds a run, and nothing in it is overwritten; continue it with "
+        f"--resume {folder}, or choose another folder"
+    )
+
+
+def open_run(folder: Path) -> About:
+    """What the run in `folder` is. Raises ValueError when there is none, or its description is damaged."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"--resume: there is no run in {folder} ({CONFIG} is missing)")
+    try:
+        return About.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--resume: {path} cannot be read ({error})") from error
+
+
+def free_folder(name: str) -> Path:
+    """The first of runs/NAME, runs/NAME-2, ... that holds nothing."""
+    root, count = Path("runs"), 1
+    while (folder := root / (name if count == 1 else f"{name}-{count}")).exists():
+        count += 1
+    return folder
+
+
+def find_checkpoint(path: Path) -> tuple[Checkpoints, int]:
+    """The newest checkpoint of a run's folder, or the one of `RUN/checkpoints/STEP`.
+
+    Raises ValueError when there is none.
+    """
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        folder, step = path.parent, int(path.name)
+    else:
+        folder, step = path / CHECKPOINTS, None
+    if not folder.is_dir():
+        raise ValueError(f"--checkpoint: there is no run in {path}; give the folder that `attnzoo train` wrote")
+    checkpoints = Checkpoints(folder)
+    steps = checkpoints.steps()
+    if not steps or (step is not None and step not in steps):
+        wanted = "no finished checkpoint" if step is None else f"no finished checkpoint of step {step}"
+        raise ValueError(f"--checkpoint: {wanted} in {folder}; it has {', '.join(map(str, steps)) or 'none'}")
+    return checkpoints, steps[-1] if step is None else step
+

@@ -1,0 +1,125 @@
+"""The protocol of a task: data, model, loss, metrics and baselines. The loop knows nothing else."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnzoo.models.layers import LayerConfig
+from train.config import Config
+from train.data.store import Dataset, open_dataset
+
+Batch = dict[str, np.ndarray]
+
+
+class Task(ABC):
+    """One thing to learn.
+
+    name: as `--task` takes it. unit: what a step consumes, for the speed display.
+    metric: key of the validation score that decides; quality: the same in words.
+    higher_is_better: of that score.
+    loss_scale: turns the training loss into the unit of the score, None where they are different things.
+    sequence: the arrays of a batch whose second axis is the sequence.
+    weight: the array of a batch that is 1 for real examples and 0 for padding.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    metric: ClassVar[str]
+    quality: ClassVar[str]
+    higher_is_better: ClassVar[bool] = False
+    loss_scale: ClassVar[float | None] = None
+    sequence: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.dataset: Dataset = open_dataset(
+            config.data.name, Path(config.data.dir).expanduser() if config.data.dir else None
+        )
+
+    @staticmethod
+    @abstractmethod
+    def defaults() -> Config:
+        """The configuration of `attnzoo train --task NAME`."""
+
+    @property
+    @abstractmethod
+    def context(self) -> int | None:
+        """Tokens per example, None where there is no sequence axis in a batch."""
+
+    @property
+    @abstractmethod
+    def units_per_step(self) -> int:
+        """How many of `unit` a step consumes."""
+
+    @abstractmethod
+    def examples(self) -> Any:
+        """The training examples, with random access; each a dict of arrays."""
+
+    @abstractmethod
+    def validation(self) -> Batch:
+        """All validation examples as one dict of arrays."""
+
+    @abstractmethod
+    def make_model(self, rngs: nnx.Rngs) -> nnx.Module: ...
+
+    @abstractmethod
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array]) -> jax.Array:
+        """The mean loss that is trained on, a scalar."""
+
+    @abstractmethod
+    def evaluate(self, model: nnx.Module, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Sums over a validation batch, of which `score` makes metrics. Padding rows have weight 0."""
+
+    @abstractmethod
+    def score(self, sums: dict[str, float]) -> dict[str, float]:
+        """Validation metrics from sums over all batches; has the key `metric`."""
+
+    @abstractmethod
+    def baselines(self) -> dict[str, float]:
+        """Name -> what it scores, in the unit of `metric`; the hardest last."""
+
+    @abstractmethod
+    def closing(self, model: nnx.Module) -> tuple[str, str]:
+        """(title, text) of something to look at: what the trained model does with an example."""
+
+    def batches(self) -> grain.IterDataset:
+        """Endless training batches; an iterator over it can be saved and restored.
+
+        The global batch is a function of the seed and the number of the step alone.
+        """
+        return (
+            grain.MapDataset.source(self.examples())
+            .seed(self.config.seed)
+            .shuffle()
+            .repeat()
+            .batch(self.config.batch)
+            .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        )
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Every validation example once; the last batch is filled up with rows of weight 0."""
+        everything, size = self.validation(), self.config.batch
+        count = len(next(iter(everything.values())))
+        for start in range(0, count, size):
+            rows = np.arange(start, start + size)
+            batch = {name: values[np.minimum(rows, count - 1)] for name, values in everything.items()}
+            yield {**batch, "weight": (rows < count).astype(np.float32)}
+
+    def layer_options(self) -> dict[str, Any]:
+        """The configuration's part that is the same in every model, as fields of `LayerConfig`."""
+        model = self.config.model
+        names = LayerConfig.__dataclass_fields__.keys() & type(model).__dataclass_fields__.keys()
+        options = {name: getattr(model, name) for name in names}
+        return {
+            **options,
+            "dtype": jnp.dtype(model.dtype),
+            "mixer": self.config.mixer,
+            "mixer_args": dict(self.config.mixer_args),
+        }

@@ -1,0 +1,122 @@
+"""The training step: model, optimizer and mesh as pure functions on a state."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from train.config import Config
+from train.sharding import put_batch, shardings
+from train.tasks.base import Batch, Task
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes: `model` is parameters and the rest (random streams, statistics)."""
+
+    params: nnx.State
+    rest: nnx.State
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then a cosine down to its final fraction."""
+    options = config.optimizer
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=options.learning_rate,
+        warmup_steps=round(options.warmup * config.steps),
+        decay_steps=config.steps,
+        end_value=options.final_fraction * options.learning_rate,
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; weights decay where a parameter has more than one axis."""
+    options = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        optax.adamw(
+            learning_rate(config),
+            b1=options.b1,
+            b2=options.b2,
+            weight_decay=options.weight_decay,
+            mask=_is_matrix,
+        ),
+    )
+
+
+def _is_matrix(params: nnx.State) -> Any:
+    def mark(variable: nnx.Variable) -> Any:
+        stacked = "layers" in (variable.get_metadata().get("sharding_names") or ())  # by scan_layers
+        return jax.tree.map(lambda array: array.ndim - stacked > 1, variable)
+
+    return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+class Trainer:
+    """The compiled functions of one run. Building it runs nothing on a device.
+
+    parameters: how many numbers the model's parameters hold.
+    """
+
+    def __init__(self, task: Task, config: Config, mesh: Mesh):
+        self.task, self.mesh = task, mesh
+        self.optimizer = make_optimizer(config)
+        self.seed = config.seed
+        self.abstract: TrainState = jax.eval_shape(self._init)
+        self.shardings: TrainState = shardings(self.abstract, mesh)
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
+        self.train_step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self._evaluate_batch = jax.jit(self._evaluate)
+
+    def init(self) -> TrainState:
+        """The state before the first step, created in place on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings)()
+
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
+        return put_batch(batch, self.task.sequence, self.mesh)
+
+    def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+        """The task's validation metrics over all batches."""
+        with jax.set_mesh(self.mesh):
+            sums = [self._evaluate_batch(state, self.put(batch)) for batch in batches]
+        totals = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums))
+        return self.task.score(totals)
+
+    def model(self, params: nnx.State, rest: nnx.State) -> nnx.Module:
+        """The model in evaluation mode, with parameters gathered on one device."""
+        params, rest = jax.device_put((params, rest), self.mesh.devices.flat[0])
+        model = nnx.merge(self.graphdef, params, rest, copy=True)
+        model.eval()
+        return model
+
+    def _init(self) -> TrainState:
+        model = self.task.make_model(nnx.Rngs(self.seed))
+        model.train()
+        self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        return TrainState(params, rest, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def _step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss(params: nnx.State, rest: nnx.State) -> tuple[jax.Array, nnx.State]:
+            model = nnx.merge(self.graphdef, params, rest, copy=True)
+            value = self.task.loss(model, batch)
+            return value, nnx.split(model, nnx.Param, ...)[2]
+
+        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state.rest)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients)}
+        return TrainState(params, rest, opt_state, state.step + 1), metrics
+
+    def _evaluate(self, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        model = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
+        model.eval()
+        return self.task.evaluate(model, batch)
