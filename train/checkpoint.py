@@ -24,7 +24,13 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder = Path(folder).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {
+            "model": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+            "about": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """The steps there are complete checkpoints of, in order."""
@@ -55,9 +61,7 @@ class Checkpoints:
         with _reading(self.folder / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
-    def restore(
-        self, step: int, like: TrainState, shardings: TrainState, data: grain.DatasetIterator
-    ) -> TrainState:
+    def restore(self, step: int, like: TrainState, shardings: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The state after `step`, bit for bit; `data` is put where it was.
 
         like: shapes and dtypes. Raises ValueError if the checkpoint is damaged or of another model.
@@ -113,9 +117,7 @@ class _reading:
             if others
             else "there is no other checkpoint of this run"
         )
-        raise ValueError(
-            f"checkpoint {self.folder} cannot be read, it is truncated or damaged ({line}); {fallback}"
-        ) from error
+        raise ValueError(f"checkpoint {self.folder} cannot be read, it is truncated or damaged ({line}); {fallback}") from error
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:

@@ -8,12 +8,15 @@ from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
+from train.claim import ClaimConfig, run_claim
+from train.compare import compare, table
 from train.config import Config, differences, smoke
 from train.generate import GenerateConfig, generate
 from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
-from train.report import print_header, print_result
+from train.report import print_result
 from train.rundir import free_folder, open_run
 from train.tasks import task_class
 
@@ -40,6 +43,26 @@ examples:
 """
 
 
+_COMPARE = """\
+Trains several mixers at one parameter budget, and tabulates quality, step time and cache. An entry may set
+arguments of its mixer: KEY:ARG=VALUE:ARG=VALUE.
+
+examples:
+  attnzoo compare --mixers transformer,value_residual
+  attnzoo compare --mixers transformer,transformer:num_kv_heads=1 --steps 200
+  attnzoo compare --task digits --mixers transformer,adaptive_entmax
+"""
+
+_CLAIM = """\
+Runs the experiment that checks a paper's central claim, and records what came out.
+
+examples:
+  attnzoo claim value_residual
+  attnzoo claim value_residual --quick
+  attnzoo claim value_residual --seeds 0 1 2 3 --out /tmp/claims
+"""
+
+
 @dataclass(frozen=True)
 class TrainCommand:
     """`attnzoo train`."""
@@ -53,6 +76,19 @@ class TrainCommand:
     """A run of CI length: at most 20 steps with 8 examples each."""
 
 
+@dataclass(frozen=True)
+class CompareCommand:
+    """`attnzoo compare`."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    mixers: str
+    """Keys of exhibits, separated by commas; the first sets the number of parameters."""
+    out: str | None = None
+    """Folder of the comparison; by default runs/compare-TASK, with a number if that is taken."""
+    smoke: bool = False
+    """Runs of CI length: at most 20 steps with 8 examples each."""
+
+
 def train_main(argv: Sequence[str]) -> int:
     """`attnzoo train`: 0 when the run is finished, 130 when it was interrupted and can be resumed."""
     command = parse_train(argv)
@@ -64,7 +100,6 @@ def train_main(argv: Sequence[str]) -> int:
     else:
         folder = free_folder(f"{config.task}-{config.mixer}")
     console = Console()
-    print_header(console, config, folder)
     result = train(config, folder, resume=command.resume is not None, console=console)
     if result.interrupted:
         console.print(
@@ -112,12 +147,47 @@ def generate_main(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare_main(argv: Sequence[str]) -> int:
+    """`attnzoo compare`: 0, or 130 when it was interrupted."""
+    defaults = task_class(_option(argv, "--task") or Config.task).defaults()
+    command = _parse(CompareCommand, argv, "compare", _COMPARE, CompareCommand(defaults, tyro.MISSING))
+    config = smoke(command.config) if command.smoke else command.config
+    folder = Path(command.out).expanduser() if command.out else free_folder(f"compare-{config.task}")
+    console = Console()
+    try:
+        comparison = compare(config, command.mixers, folder, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what is finished lies in {folder}", highlight=False)
+        return 130
+    console.print(table(comparison))
+    console.print(f"In {folder}: compare.json, compare.png, and the folder of each run", highlight=False)
+    return 0
+
+
+def claim_main(argv: Sequence[str]) -> int:
+    """`attnzoo claim`: 0 whether or not the claim was reproduced."""
+    config = _parse(ClaimConfig, argv, "claim", _CLAIM)
+    result, path = run_claim(config)
+    console = Console()
+    console.print(f"[bold]{result.key}[/]: {result.claim}", highlight=False)
+    shown = Table(title=result.metric)
+    shown.add_column("")
+    for seed in result.seeds:
+        shown.add_column(f"seed {seed}", justify="right")
+    for method, values in result.values.items():
+        shown.add_row(method, *(f"{value:.4f}" for value in values))
+    console.print(shown)
+    verdict = "a quick run, no verdict" if config.quick else result.verdict
+    console.print(f"{verdict} (asked: {result.margin}); {result.seconds:.0f} s", highlight=False)
+    if path is not None:
+        console.print(f"wrote {path} and {path.with_suffix('.png').name}", highlight=False, soft_wrap=True)
+    return 0
+
+
 _Command = TypeVar("_Command")
 
 
-def _parse(
-    kind: type[_Command], argv: Sequence[str], name: str, description: str, default: _Command | None = None
-) -> _Command:
+def _parse(kind: type[_Command], argv: Sequence[str], name: str, description: str, default: _Command | None = None) -> _Command:
     options = {} if default is None else {"default": default}
     return tyro.cli(kind, args=list(argv), prog=f"attnzoo {name}", description=description, **options)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.metrics import Metrics, plot_run, read_metrics, write_atomically
-from train.progress import RunDisplay
+from train.progress import RunDisplay, print_header
 from train.rundir import CHECKPOINTS, About, new_run, open_run
 from train.sharding import check_batch, make_mesh
 from train.tasks import Task, make_task
@@ -72,6 +72,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, console: Consol
         open_run(folder).check_data(task.dataset.fingerprint)
     else:
         new_run(folder, about)
+    print_header(console, config, folder)
     run = _Run(task, config, trainer, about, folder, console)
     try:
         with _interrupts() as interrupted:
@@ -85,9 +86,7 @@ def train(config: Config, folder: Path, *, resume: bool = False, console: Consol
 class _Run:
     """A run in progress."""
 
-    def __init__(
-        self, task: Task, config: Config, trainer: Trainer, about: About, folder: Path, console: Console
-    ):
+    def __init__(self, task: Task, config: Config, trainer: Trainer, about: About, folder: Path, console: Console):
         self.task, self.config, self.trainer, self.about = task, config, trainer, about
         self.folder, self.console = folder, console
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.checkpoint.keep)
@@ -150,9 +149,7 @@ class _Run:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._not_finite(step, loss, norm)
             rate = float(self.schedule(step - 1))
-            self.metrics.write(
-                step, {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": rate}
-            )
+            self.metrics.write(step, {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": rate})
         speed = left = None
         if self.seconds_per_step:
             typical = statistics.median(self.seconds_per_step[-5:])

@@ -96,8 +96,8 @@ def plot_run(
     axes.set_ylabel(quality + (" (validation)" if scale is None else ""))
     axes.set_title(title)
     axes.grid(alpha=0.25)
-    handles = {label: handle for a in {axes, loss_axes} for handle, label in zip(*a.get_legend_handles_labels())}
-    axes.legend(handles.values(), handles.keys(), loc="center right" if scale is None else "upper right")
+    lines_shown = [line for each in {axes, loss_axes} for line in each.get_legend_handles_labels()[0]]
+    axes.legend(handles=lines_shown, loc="center right" if scale is None else "upper right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -47,17 +47,17 @@ def parse_mixer_args(key: str, taken: dict[str, list[str]]) -> dict[str, Any]:
         if name not in own:
             raise unknown(f"argument of mixer {key!r}", name, kinds)
         if name not in kinds:
-            raise ValueError(f"{PREFIX}{name}: takes an object, which only Python code can give; "
-                             f"from here: {', '.join(sorted(kinds)) or 'nothing'}")
+            raise ValueError(
+                f"{PREFIX}{name}: takes an object, which only Python code can give; "
+                f"from here: {', '.join(sorted(kinds)) or 'nothing'}"
+            )
         if not words:
             raise ValueError(f"{PREFIX}{name}: needs a value")
     fields = [(name, kinds[name], dataclasses.field(default=own[name].default)) for name in taken]
     values = dataclasses.make_dataclass(key, fields)
     line = [word for name, words in taken.items() for word in (f"--{name}", *words)]
     try:
-        parsed = tyro.cli(
-            values, args=line, console_outputs=False, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-        )
+        parsed = tyro.cli(values, args=line, console_outputs=False, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     except SystemExit:
         given = ", ".join(f"{PREFIX}{name} {' '.join(words)}".strip() for name, words in taken.items())
         kinds_text = ", ".join(f"{name}: {_spelled(kinds[name])}" for name in taken)

@@ -1,13 +1,29 @@
 """What a run shows while it goes: a live bar on a terminal, a line now and then elsewhere."""
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from train.config import Config
+from train.sharding import describe
+
 _QUIET_SECONDS = 10.0  # between the lines that are printed where there is no terminal
+
+
+def print_header(console: Console, config: Config, folder: Path) -> None:
+    model = config.model
+    arguments = "".join(f" {name}={value}" for name, value in config.mixer_args.items())
+    console.print(
+        f"[bold]{config.task}[/] on {config.data.name}: {model.num_layers} layers of {config.mixer}{arguments}, "
+        f"width {model.dim}, {model.num_heads} heads; {config.steps} steps of {config.batch}; "
+        f"mesh {describe(config.mesh)}; seed {config.seed}\nwriting to {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 class RunDisplay:

@@ -1,7 +1,6 @@
-"""What the commands print: the run before it starts, and its verdict at the end."""
+"""What `attnzoo train` prints at the end."""
 
 import shlex
-from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
@@ -10,20 +9,7 @@ from rich.text import Text
 
 from train.config import Config
 from train.loop import Result
-from train.sharding import describe
 from train.tasks import task_class
-
-
-def print_header(console: Console, config: Config, folder: Path) -> None:
-    model = config.model
-    arguments = "".join(f" {name}={value}" for name, value in config.mixer_args.items())
-    console.print(
-        f"[bold]{config.task}[/] on {config.data.name}: {model.num_layers} layers of {config.mixer}{arguments}, "
-        f"width {model.dim}, {model.num_heads} heads; {config.steps} steps of {config.batch}; "
-        f"mesh {describe(config.mesh)}; seed {config.seed}\nwriting to {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def print_result(console: Console, config: Config, result: Result) -> None:

@@ -108,4 +108,3 @@ def find_checkpoint(path: Path) -> tuple[Checkpoints, int]:
         wanted = "no finished checkpoint" if step is None else f"no finished checkpoint of step {step}"
         raise ValueError(f"--checkpoint: {wanted} in {folder}; it has {', '.join(map(str, steps)) or 'none'}")
     return checkpoints, steps[-1] if step is None else step
-

@@ -75,9 +75,7 @@ def check_batch(batch: int, context: int | None, mesh: Mesh) -> None:
     if batch % rows:
         raise ValueError(f"--batch: {batch} examples do not divide over data x fsdp = {rows} devices")
     if context is not None and context % mesh.shape["context"]:
-        raise ValueError(
-            f"--data.context: {context} tokens do not divide over --mesh.context {mesh.shape['context']} devices"
-        )
+        raise ValueError(f"--data.context: {context} tokens do not divide over --mesh.context {mesh.shape['context']} devices")
 
 
 def put_batch(batch: dict[str, np.ndarray], sequence: frozenset[str], mesh: Mesh) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ def attention(
     v: Float[Array, "*B S K Hv"],
     *,
     mask: Any = None,
-    bias: Float[Array, "..."] | None = None,
+    bias: Float[Array, ...] | None = None,
     score: Any = None,
     weights: Weights = softmax,
     scale: float | Array | None = None,
@@ -150,8 +150,10 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     Takes what :func:`attention` takes; computes nothing of the attention itself. Also accepts ``jax.ShapeDtypeStruct`` for
     q, k and v.
     """
-    defaults = dict(mask=None, bias=None, score=None, weights=softmax, scale=None, dropout_rate=0.0, dropout_rng=None,
-                    q_positions=None, kv_positions=None, block_sizes=None, return_lse=False, return_weights=False)  # fmt: skip
+    absent = ("mask", "bias", "score", "scale", "dropout_rng", "q_positions", "kv_positions", "block_sizes")
+    defaults: dict[str, Any] = dict.fromkeys(absent) | {
+        "weights": softmax, "dropout_rate": 0.0, "return_lse": False, "return_weights": False,
+    }  # fmt: skip
     for name in arguments:
         if name not in defaults:
             raise unknown("argument", name, defaults)
@@ -164,5 +166,3 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     tiles = blockwise.map_of(r) if name == "blockwise" else None
     shown = arguments.get("weights", softmax)
     return Explanation(name, reason, refused, tiles, str(r.mask), str(r.score), str(shown))
-
-

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnzoo.core.cells import Bound, Geometry, Tile, cells_of, concrete, cut, pad_operand, spread, visible_slots
+from attnzoo.core.cells import (
+    Bound,
+    Geometry,
+    Tile,
+    cells_of,
+    concrete,
+    cut,
+    pad_operand,
+    spread,
+    visible_slots,
+)
 from attnzoo.core.intervals import Intervals
 
 if TYPE_CHECKING:
@@ -246,7 +256,8 @@ def _probe_tiles(bound: Bound, g: Geometry, block_q: int, block_k: int, lead: tu
     many = min(nq, max(1, _STRIP // (lead[0] * lead[1] * block_q * block_k * nk)))
     strips, keys = _tiles(nq, many), nk * block_k
     padded = Bound(
-        tuple(pad_operand(op, strips * many * block_q - g.queries, keys - g.keys) for op in bound.operands), bound.apply
+        tuple(pad_operand(op, strips * many * block_q - g.queries, keys - g.keys) for op in bound.operands),
+        bound.apply,
     )
     size = (g.batch if lead[0] > 1 else 1, g.heads if lead[1] > 1 else 1, many * block_q, keys)
 
@@ -255,8 +266,7 @@ def _probe_tiles(bound: Bound, g: Geometry, block_q: int, block_k: int, lead: tu
         cells = cells_of(g, tile)
         ok, real = _visible(padded, g, tile, keys), (cells.t < g.queries) & (cells.s < g.keys)
         some, every = (
-            jnp.broadcast_to(x, (*lead, *size[2:])).reshape(*lead, many, block_q, nk, block_k)
-            for x in (ok & real, ok | ~real)
+            jnp.broadcast_to(x, (*lead, *size[2:])).reshape(*lead, many, block_q, nk, block_k) for x in (ok & real, ok | ~real)
         )
         return jnp.where(every.all((3, 5)), FULL, jnp.where(some.any((3, 5)), PARTIAL, EMPTY)).astype(jnp.int8)
 

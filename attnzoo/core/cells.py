@@ -167,6 +167,6 @@ def spread(op: Operand, part: Array, tile: Tile) -> Array:
     return skewed[None, :, :, :ns]
 
 
-def visible_slots(g: Geometry, c: Cells) -> Bool[Array, "..."] | None:
+def visible_slots(g: Geometry, c: Cells) -> Bool[Array, ...] | None:
     """Cells whose key slot holds a token; None when every slot does (no positions were given)."""
     return None if g.kv_positions is None else c.k >= 0

@@ -131,6 +131,7 @@ def _below_max(x: Array, ok: Array) -> Array:
 
 
 @jax.custom_jvp
+@jax.jit  # called eagerly, the loop would be compiled anew every time
 def _entmax(x: Float[Array, "*B S"], alpha: Float[Array, "*#B 1"], ok: Bool[Array, "*B S"]) -> Float[Array, "*B S"]:
     b, d = alpha - 1, _below_max(x, ok)
 

@@ -147,9 +147,7 @@ class YaRN:
     def __post_init__(self) -> None:
         _check_factor(self.factor)
         if not self.beta_slow < self.beta_fast:
-            raise ValueError(
-                f"beta_slow, beta_fast: beta_slow is not below beta_fast: {self.beta_slow}, {self.beta_fast}"
-            )
+            raise ValueError(f"beta_slow, beta_fast: beta_slow is not below beta_fast: {self.beta_slow}, {self.beta_fast}")
 
     def frequencies(self, theta, width, pos):
         def index(turns: float) -> float:
@@ -204,9 +202,7 @@ class RoPE:
         """
         rotated = self.fraction * head_dim
         if rotated != int(rotated):
-            raise ValueError(
-                f"fraction: {self.fraction} of head_dim={head_dim} is {rotated} features, not a whole number"
-            )
+            raise ValueError(f"fraction: {self.fraction} of head_dim={head_dim} is {rotated} features, not a whole number")
         if isinstance(self.axes, int):
             if rotated % (2 * self.axes):
                 raise ValueError(
@@ -235,9 +231,7 @@ class RoPE:
         pos = jnp.asarray(pos)
         tokens = pos.shape if self.num_axes == 1 else pos.shape[:-1]
         if self.num_axes > 1 and (pos.ndim < 2 or pos.shape[-1] != self.num_axes):
-            raise ValueError(
-                f"pos: {self.num_axes} axes need positions [..., T, {self.num_axes}], got {pos.shape}"
-            )
+            raise ValueError(f"pos: {self.num_axes} axes need positions [..., T, {self.num_axes}], got {pos.shape}")
         if x.ndim < 3 or tokens not in ((x.shape[-3],), x.shape[:-2]):
             raise ValueError(
                 f"pos: for x {x.shape} (*B, T, N, H) positions must be [T] or [*B, T]"

@@ -38,6 +38,12 @@ class Request:
     return_lse: bool
     return_weights: bool
 
+    @property
+    def product_dtype(self) -> Any:
+        """The type in which to multiply: the inputs' own, summed in float32, but float32 on CPUs, which have no fast
+        low-precision matrix unit (and whose compiler refuses some such products)."""
+        return jnp.float32 if jax.default_backend() == "cpu" else self.q.dtype
+
     def bound_mask(self) -> Bound | None:
         return None if self.mask is None else self.mask.bind(self.geometry)
 
@@ -186,6 +192,3 @@ def _as_blocks(x: Any) -> tuple[int, int] | None:
         raise ValueError(f"block_sizes must be a pair of positive ints (queries, keys), got {x!r}")
     return x
 
-
-def is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)

@@ -56,7 +56,7 @@ class Then(Score):
 class Bias(Score):
     """``s + bias``, for an array that broadcasts to ``[B, N, T, S]``. A bias of -inf hides the cell."""
 
-    bias: Float[Array, "..."]
+    bias: Float[Array, ...]
 
     def bind(self, g: Geometry) -> Bound:
         x = jnp.asarray(self.bias)
@@ -112,7 +112,7 @@ class RelativeBias(Score):
             base = jnp.where(distance > 0, count, 0)
             distance = abs(distance)
         else:
-            base, distance = 0, jnp.maximum(-distance, 0)
+            base, distance = jnp.zeros_like(distance), jnp.maximum(-distance, 0)
         exact = count // 2
         ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(self.max_distance / exact)
         large = jnp.minimum(exact + (ratio * (count - exact)).astype(jnp.int32), count - 1)

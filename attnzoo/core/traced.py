@@ -52,9 +52,9 @@ def bind_function(
 
 
 def _used_inputs(jaxpr: Any) -> list[bool]:
-    """Which inputs the outputs depend on, by one walk backwards."""
+    """Which inputs the outputs (and effects, such as a debug callback) depend on, by one walk backwards."""
     needed = {id(v) for v in jaxpr.outvars}
     for eqn in reversed(jaxpr.eqns):
-        if any(id(v) in needed for v in eqn.outvars):
+        if eqn.effects or any(id(v) in needed for v in eqn.outvars):
             needed.update(id(v) for v in eqn.invars)
     return [id(v) in needed for v in jaxpr.invars]

@@ -173,9 +173,7 @@ def test_one_compile_for_all_contents(text, make):
     @jax.jit
     def generate(q, k, v, lengths):
         traces.append(1)
-        cache = prefill_compress(
-            policy, empty(policy), q[:, :T], {"k": k[:, :T], "v": v[:, :T]}, lengths, layer=1
-        )
+        cache = prefill_compress(policy, empty(policy), q[:, :T], {"k": k[:, :T], "v": v[:, :T]}, lengths, layer=1)
 
         def one(cache, token):
             q, k, v = (x[:, None] for x in token)

@@ -108,7 +108,10 @@ def _leaves(z: Sizes) -> st.SearchStrategy[Pair]:
         a, c, m = (int(x) for x in rng.integers(1, 6, 3))
         table = jnp.asarray(rng.random(8) < 0.5)
         cells = np.asarray(table)[(a * q + c * k + h) % 8] | ((q + b) % (m + 1) == 0)
-        return pair(masks.Function(lambda b, h, q, k: table[(a * q + c * k + h) % 8] | ((q + b) % (m + 1) == 0)), cells)
+        return pair(
+            masks.Function(lambda b, h, q, k: table[(a * q + c * k + h) % 8] | ((q + b) % (m + 1) == 0)),
+            cells,
+        )
 
     options = [
         st.integers(-3, 6).map(causal),

@@ -30,9 +30,7 @@ layouts = pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 
 @pytest.fixture
 def qkv(rng):
-    return tuple(
-        jnp.asarray(rng.normal(size=(B, T, n, h)), jnp.float32) for n, h in ((N, H), (K, H), (K, HV))
-    )
+    return tuple(jnp.asarray(rng.normal(size=(B, T, n, h)), jnp.float32) for n, h in ((N, H), (K, H), (K, HV)))
 
 
 @partial(jax.jit, static_argnames=("window",))
@@ -122,9 +120,7 @@ def test_append_fills_the_holes_of_each_head(qkv):
     assert sorted(np.asarray(cache.pos[0, 1])) == [1, 2, 3, 4, 5, 6, 7, 8]
     visible = np.zeros((1, N, 1, T), bool)
     visible[0, :2, 0, [0, 2, 3, 5, 6, 7, 8]] = visible[0, 2:, 0, 1:9] = True
-    np.testing.assert_allclose(
-        cached_attention(q[:, 8:9], cache), oracle_attention(q[:, 8:9], k, v, visible)[0], atol=2e-6
-    )
+    np.testing.assert_allclose(cached_attention(q[:, 8:9], cache), oracle_attention(q[:, 8:9], k, v, visible)[0], atol=2e-6)
 
 
 @pytest.mark.parametrize("sinks", [0, 2])

@@ -75,9 +75,7 @@ def test_gradients_equal_those_of_the_union_and_are_finite_when_empty(rng):
     gradients = (jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (halves, whole))
     for got, want in zip(*gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
-    empty = jax.grad(lambda o, l: merge_lse(o, l, o, l)[0].sum(), (0, 1))(
-        jnp.zeros((T, 1, H)), jnp.full((T, 1), -jnp.inf)
-    )
+    empty = jax.grad(lambda o, l: merge_lse(o, l, o, l)[0].sum(), (0, 1))(jnp.zeros((T, 1, H)), jnp.full((T, 1), -jnp.inf))
     assert all(np.isfinite(g).all() for g in empty)
 
 

@@ -18,7 +18,11 @@ from tests.core.oracle import oracle
 
 def inputs(z, dtype=jnp.float32):
     rng = np.random.default_rng(1)
-    shapes = ((z.queries, z.heads, z.width), (z.keys, z.kv_heads, z.width), (z.keys, z.kv_heads, z.value_width))
+    shapes = (
+        (z.queries, z.heads, z.width),
+        (z.keys, z.kv_heads, z.width),
+        (z.keys, z.kv_heads, z.value_width),
+    )
     return tuple(jnp.asarray(rng.normal(size=(z.batch, *s)), dtype) for s in shapes)
 
 

@@ -39,9 +39,7 @@ class Task(ABC):
 
     def __init__(self, config: Config):
         self.config = config
-        self.dataset: Dataset = open_dataset(
-            config.data.name, Path(config.data.dir).expanduser() if config.data.dir else None
-        )
+        self.dataset: Dataset = open_dataset(config.data.name, Path(config.data.dir).expanduser() if config.data.dir else None)
 
     @staticmethod
     @abstractmethod

@@ -93,9 +93,7 @@ class Digits(Task):
         train, validation = _stack(self.examples()), self.validation()
         return {
             "majority class": majority_accuracy(train["label"], validation["label"]),
-            "logistic regression": logistic_accuracy(
-                train["image"], train["label"], validation["image"], validation["label"]
-            ),
+            "logistic regression": logistic_accuracy(train["image"], train["label"], validation["image"], validation["label"]),
         }
 
     def closing(self, model: nnx.Module) -> tuple[str, str]:

@@ -22,10 +22,20 @@ from jaxtyping import Array
 from attnzoo.core.backends.result import Result
 from attnzoo.core.backends.tiles import RowLists, Walk, row_lists
 from attnzoo.core.blocks import BlockMap, block_map
-from attnzoo.core.cells import Geometry, Operand, Tile, cells_of, cut, operand_window, pad_operand, spread, visible_slots
+from attnzoo.core.cells import (
+    Geometry,
+    Operand,
+    Tile,
+    cells_of,
+    cut,
+    operand_window,
+    pad_operand,
+    spread,
+    visible_slots,
+)
 from attnzoo.core.dropout import Dropout, keep_scale
 from attnzoo.core.request import Request
-from attnzoo.core.weights import HIDDEN, Mixture, Normalised, Pointwise
+from attnzoo.core.weights import HIDDEN, Normalised, Pointwise
 
 BLOCK = 512
 
@@ -50,12 +60,13 @@ def map_of(r: Request) -> BlockMap:
 
 def run(r: Request) -> Result:
     bm = map_of(r)
-    walk = Walk(r.geometry, bm.block_q, bm.block_k, bm.state.shape[0] > 1, bm.state.shape[1] > 1)
+    g = r.geometry
+    sizes = dataclasses.replace(g, q_positions=None, kv_positions=None)
+    walk = Walk(sizes, bm.block_q, bm.block_k, bm.state.shape[0] > 1, bm.state.shape[1] > 1)
     mask, score = r.bound_mask(), r.bound_score()
     pad = functools.partial(pad_operand, rows=walk.padding[0], cols=walk.padding[1])
     score_ops = [pad(op) for op in score.operands] if score else []
     mask_ops = [pad(op) for op in mask.operands] if mask else []
-    g = r.geometry
     problem = Problem(
         walk,
         score.apply if score else None,
@@ -65,15 +76,15 @@ def run(r: Request) -> Result:
         r.weights if isinstance(r.weights, Pointwise) else None,
         None if r.dropout is None else r.dropout.rate,
     )
-    # CPUs have no fast low-precision matrix unit; elsewhere products take the inputs' own type and sum in float32.
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else r.q.dtype
+    dtype = r.product_dtype
     q = (r.q.astype(jnp.float32) * r.scale).astype(dtype)
     seed = None if r.dropout is None else r.dropout.seed
     rest = Rest(row_lists(bm, walk), [op.x for op in mask_ops], g.q_positions, g.kv_positions, seed)
     out, lse = _attend(problem, q, r.k.astype(dtype), r.v.astype(dtype), [op.x for op in score_ops], rest)
+    final: Array | None = None
     if problem.phi is None:
-        out, lse = r.weights.finish(out, lse)
-    return Result(jnp.moveaxis(out, 1, 2), lse if problem.phi is None else None)
+        out, final = r.weights.finish(out, lse)
+    return Result(jnp.moveaxis(out, 1, 2), final)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +124,11 @@ class Problem:
         return ok if slots is None else ok & slots
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["lists", "mask_xs", "q_positions", "kv_positions", "seed"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lists", "mask_xs", "q_positions", "kv_positions", "seed"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Rest:
     """The arrays no gradient reaches."""
@@ -134,10 +149,10 @@ def _by_blocks(x: Array, block: int, blocks: int) -> Array:
 
 def _loop(lists: RowLists, row: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Run ``body(j, carry)`` over the listed key blocks of a row; nothing is compiled for lists known to be empty."""
-    if isinstance(lists.count, np.ndarray) and not lists.count.any():
+    if isinstance(lists.length, np.ndarray) and not lists.length.any():
         return carry
-    cols, count = jnp.asarray(lists.cols), jnp.asarray(lists.count)
-    return lax.fori_loop(0, count[row], lambda n, c: body(cols[row, n], c), carry)
+    cols, length = jnp.asarray(lists.cols), jnp.asarray(lists.length)
+    return lax.fori_loop(0, length[row], lambda n, c: body(cols[row, n], c), carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -195,7 +210,8 @@ def _logits(p: Problem, qi: Array, kj: Array) -> Array:
     return s.reshape(p.walk.size)
 
 
-def _pointwise(phi: Pointwise, s: Array, ok: Array | None) -> Array:
+def _pointwise(phi: Pointwise | None, s: Array, ok: Array | None) -> Array:
+    assert phi is not None
     ok = ~(s <= HIDDEN) if ok is None else ok & ~(s <= HIDDEN)
     return jnp.where(ok, phi.phi(jnp.where(ok, s, 0)), 0)
 
@@ -260,7 +276,10 @@ def _backward(p: Problem, saved: Any, cotangents: tuple[Array, Array]) -> Any:
             if p.score is not None:
                 ds, d_moving = pull(ds)
                 ds = ds if ok is None else jnp.where(ok, ds, 0)
-                dxs = [_add_part(p, kind, x, d, tile) for kind, x, d in zip(_moving_kinds(p, differentiable), dxs, d_moving, strict=True)]
+                dxs = [
+                    _add_part(p, kind, x, d, tile)
+                    for kind, x, d in zip(_moving_kinds(p, differentiable), dxs, d_moving, strict=True)
+                ]
             flat = ds.reshape(bt, kt, -1, block_k).astype(q.dtype)
             dk_j = jnp.einsum("bkxs,bkxh->bkhs", flat, qi, preferred_element_type=jnp.float32)
             dq = dq + jnp.einsum("bkxs,bksh->bkxh", flat, w.of_keys(ks, row, j), preferred_element_type=jnp.float32)

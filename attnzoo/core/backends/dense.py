@@ -24,8 +24,9 @@ def run(r: Request) -> Result:
     g = r.geometry
     cells, tile = all_cells(g), Tile((0, 0, 0, 0), (g.batch, g.heads, g.queries, g.keys))
     group = g.heads // g.kv_heads
-    q = r.q.reshape(g.batch, g.queries, g.kv_heads, group, -1)
-    s = jnp.einsum("btkgh,bskh->bkgts", q, r.k, preferred_element_type=jnp.float32) * r.scale
+    q, k, v = (x.astype(r.product_dtype) for x in (r.q, r.k, r.v))
+    q = q.reshape(g.batch, g.queries, g.kv_heads, group, -1)
+    s = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * r.scale
     s = s.reshape(g.batch, g.heads, g.queries, g.keys)
     if (score := r.bound_score()) is not None:
         s = jnp.broadcast_to(score.apply(s, cells, *(spread(op, op.x, tile) for op in score.operands)), s.shape)
@@ -42,5 +43,5 @@ def run(r: Request) -> Result:
         w = r.weights.rows(s, ok, g)
     dropped = w if r.dropout is None else w * keep_scale(r.dropout, cells)
     dropped = dropped.reshape(g.batch, g.kv_heads, group, g.queries, g.keys)
-    out = jnp.einsum("bkgts,bskh->btkgh", dropped.astype(r.v.dtype), r.v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkgts,bskh->btkgh", dropped.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return Result(out.reshape(g.batch, g.queries, g.heads, -1), lse, w)

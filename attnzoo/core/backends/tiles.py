@@ -15,10 +15,10 @@ from attnzoo.core.cells import Geometry, Tile
 
 
 class RowLists(NamedTuple):
-    """For each row of tiles, the key blocks to visit: ``cols [R, c]``, of which the first ``count [R]`` are meant."""
+    """For each row of tiles, the key blocks to visit: ``cols [R, c]``, of which the first ``length [R]`` are meant."""
 
     cols: Int[Array, "R c"]
-    count: Int[Array, " R"]
+    length: Int[Array, " R"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +52,12 @@ class Walk:
 
     @property
     def size(self) -> tuple[int, int, int, int]:
-        return 1 if self.per_batch else self.g.batch, 1 if self.per_head else self.g.heads, self.block_q, self.block_k
+        return (
+            1 if self.per_batch else self.g.batch,
+            1 if self.per_head else self.g.heads,
+            self.block_q,
+            self.block_k,
+        )
 
     @property
     def kv_heads(self) -> int:

@@ -60,8 +60,7 @@ def cached_attention(
     if q_positions is None:
         if length > 1 and mask is not None:
             raise ValueError(
-                f"q_positions: needed for T={length} queries under {mask}; "
-                "take cache.next_positions(T) before append"
+                f"q_positions: needed for T={length} queries under {mask}; take cache.next_positions(T) before append"
             )
         q_positions = jnp.broadcast_to(view.seen[:, None] - 1, (batch, length))
     bias = None

@@ -169,9 +169,7 @@ def init_cache(
     treedef = jax.tree.structure(spec, is_leaf=_is_shape)
     heads = {leaf.shape[0] for leaf in leaves}
     if len(heads) != 1:
-        raise ValueError(
-            f"spec: all leaves need the same number of heads (1 where a leaf has none), got {spec}"
-        )
+        raise ValueError(f"spec: all leaves need the same number of heads (1 where a leaf has none), got {spec}")
     if batch < 0 or length < 1:
         raise ValueError(f"init_cache: needs batch >= 0 and length >= 1, got batch={batch}, length={length}")
     if policy is not None:
@@ -278,10 +276,7 @@ def check_new(payload: PyTree[Array], new: PyTree[Array], batch: int) -> int:
         heads, features = buffer.shape[1], buffer.shape[3:]
         if value.ndim != buffer.ndim or value.shape[0] != batch or value.shape[2:] != (heads, *features):
             shape = ", ".join(map(str, (batch, "T", heads, *features)))
-            raise ValueError(
-                f"new{jax.tree_util.keystr(path)}: expected tokens-major shape [{shape}], "
-                f"got {list(value.shape)}"
-            )
+            raise ValueError(f"new{jax.tree_util.keystr(path)}: expected tokens-major shape [{shape}], got {list(value.shape)}")
         lengths.add(value.shape[1])
     if len(lengths) != 1:
         raise ValueError(f"new: all leaves need the same number of tokens T, got {sorted(lengths)}")

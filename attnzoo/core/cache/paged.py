@@ -158,9 +158,7 @@ def init_paged_cache(
         ValueError: sizes that are not positive, or what `init_cache` refuses.
     """
     if page < 1 or length < 1 or (pages is not None and pages < 1):
-        raise ValueError(
-            f"init_paged_cache: length, page and pages must be >= 1, got {length}, {page}, {pages}"
-        )
+        raise ValueError(f"init_paged_cache: length, page and pages must be >= 1, got {length}, {page}, {pages}")
     columns = -(-length // page)
     pages = batch * columns if pages is None else pages
     pool = init_cache(pages, page, spec, dtype=dtype)  # a page is a short row

@@ -63,9 +63,7 @@ class StreamingPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.recent < 1:
-            raise ValueError(
-                f"needs sinks >= 0 and recent >= 1, got sinks={self.sinks}, recent={self.recent}"
-            )
+            raise ValueError(f"needs sinks >= 0 and recent >= 1, got sinks={self.sinks}, recent={self.recent}")
 
     def slots(self, layer: int, length: int, max_new: int) -> int:
         return min(self.sinks + self.recent, length + max_new)
@@ -101,9 +99,7 @@ class SnapKVPolicy(CapacityPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.window < self.capacity:
-            raise ValueError(
-                f"window: must be positive and smaller than capacity={self.capacity}, got {self.window}"
-            )
+            raise ValueError(f"window: must be positive and smaller than capacity={self.capacity}, got {self.window}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel: must be odd and positive, got {self.kernel}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnzoo.core.blocks import FULL, PARTIAL, BlockMap, block_map, states_by_position, states_of_runs
-from attnzoo.core.cells import Bound, Cells, Geometry, all_cells, spread, visible_slots, Tile
+from attnzoo.core.cells import Bound, Cells, Geometry, Tile, all_cells, spread, visible_slots
 from attnzoo.core.intervals import Intervals
 
 
@@ -91,6 +92,7 @@ def visible(bound: Bound, g: Geometry, cells: Cells, tile: Tile) -> jax.Array:
     return ok if slots is None else ok & slots
 
 
+@typing.dataclass_transform(frozen_default=True, eq_default=False)
 def mask(*, leaves: tuple[str, ...] = ()) -> Callable[[type], type]:
     """Class decorator: a frozen dataclass registered as a pytree, with the named fields as leaves, the others static."""
 

@@ -29,9 +29,9 @@ class Neighborhood(Mask):
     """
 
     shape: tuple[int, ...]
-    window: int | tuple[int, ...]
-    dilation: int | tuple[int, ...] = 1
-    causal: bool | tuple[bool, ...] = False
+    window: Any
+    dilation: Any = 1
+    causal: Any = False
 
     def __post_init__(self) -> None:
         n = len(self.shape)
@@ -43,7 +43,7 @@ class Neighborhood(Mask):
             if len(per_axis) != n:
                 raise ValueError(f"Neighborhood: {name} has {len(per_axis)} values for {n} axes {self.shape}")
             object.__setattr__(self, name, per_axis)
-        for x, k, d in zip(self.shape, self.window, self.dilation, strict=True):  # type: ignore[arg-type]
+        for x, k, d in zip(self.shape, self.window, self.dilation, strict=True):
             if k < 1 or d < 1 or k * d > x:
                 raise ValueError(f"Neighborhood: window {k} × dilation {d} does not fit an axis of length {x}; "
                                  "window × dilation may be at most the axis")  # fmt: skip
@@ -56,7 +56,7 @@ class Neighborhood(Mask):
     def _axes(self, xp: Any, index: Any) -> list[tuple[Any, Any, Any, int]]:
         """Per axis, for tokens ``index``: (first visible place, one past the last, offset, step): coordinate = place·step + offset."""
         out: list[tuple[Any, Any, Any, int]] = []
-        for x, k, d, causal in reversed(list(zip(self.shape, self.window, self.dilation, self.causal, strict=True))):  # type: ignore[arg-type]
+        for x, k, d, causal in reversed(list(zip(self.shape, self.window, self.dilation, self.causal, strict=True))):
             i, index = index % x, index // x
             place, offset = i // d, i % d
             if causal:
@@ -87,12 +87,12 @@ class Neighborhood(Mask):
         axes = self._axes(np, np.arange(g.queries))
         start, end, offset, d = axes[-1]
         strides = [math.prod(self.shape[a + 1 :]) for a in range(len(self.shape))]
-        lines = [range(k) for k in self.window[:-1]]  # type: ignore[index]
+        lines = [range(k) for k in self.window[:-1]]
         if d == 1:
             ends = [(start, end)]
         else:  # keys are apart: a run each
             ends = [(p * d + offset, np.where(p < end, p * d + offset + 1, 0)) for p in
-                    (start + u for u in range(self.window[-1]))]  # type: ignore[index]  # fmt: skip
+                    (start + u for u in range(self.window[-1]))]  # fmt: skip
         runs = []
         for steps in itertools.product(*lines):
             base, real = np.zeros(g.queries, np.int64), np.ones(g.queries, bool)
@@ -106,6 +106,6 @@ class Neighborhood(Mask):
         return Intervals(lo, hi)
 
     def __repr__(self) -> str:
-        extra = "" if set(self.dilation) == {1} else f", dilation={self.dilation}"  # type: ignore[arg-type]
-        extra += f", causal={self.causal}" if any(self.causal) else ""  # type: ignore[arg-type]
+        extra = "" if set(self.dilation) == {1} else f", dilation={self.dilation}"
+        extra += f", causal={self.causal}" if any(self.causal) else ""
         return f"Neighborhood({self.shape}, {self.window}{extra})"

@@ -114,7 +114,7 @@ class Lengths(Mask):
 class Array(Mask):
     """A bool array that broadcasts to ``[B, N, T, S]``, True where the key may be seen, as ``jax.nn`` takes it."""
 
-    cells: Bool[jax.Array, "..."]
+    cells: Bool[jax.Array, ...]
 
     def bind(self, g: Geometry) -> Bound:
         x = jnp.asarray(self.cells)
@@ -170,7 +170,10 @@ class Blocks(Mask):
         """Exact where one block size is a multiple of the other along each axis."""
         table = self._table(g)
         some = every = table
-        for axis, mine, theirs, n in ((2, self.block_q, block_q, g.queries), (3, self.block_k, block_k, g.keys)):
+        for axis, mine, theirs, n in (
+            (2, self.block_q, block_q, g.queries),
+            (3, self.block_k, block_k, g.keys),
+        ):
             tiles = -(-n // theirs)
             if theirs % mine == 0:
                 some, every = (_reduce(x, axis, theirs // mine, tiles, fill) for x, fill in ((some, False), (every, True)))
@@ -211,7 +214,9 @@ class Stripes(Mask):
         if columns.ndim not in (1, 3) or any(
             n not in (1, m) for n, m in zip(columns.shape[:-1], (g.batch, g.heads), strict=False)
         ):
-            raise ValueError(f"Stripes: columns has shape {columns.shape}; give [r], or [B|1, N|1, r] with B={g.batch}, N={g.heads}")
+            raise ValueError(
+                f"Stripes: columns has shape {columns.shape}; give [r], or [B|1, N|1, r] with B={g.batch}, N={g.heads}"
+            )
         columns = columns.reshape((1,) * (3 - columns.ndim) + columns.shape)
         at = jnp.where(columns < 0, g.keys, columns)
         flags = jnp.zeros((*columns.shape[:2], g.keys + 1), bool)

@@ -61,21 +61,14 @@ class AdaptiveEntmaxAttention(GroupedQueryAttention):
         """alpha_n = 1 + sigmoid(r_n), in [1, 2]."""
         return 1 + jax.nn.sigmoid(self.alpha_logits[...].astype(jnp.float32))
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        mask: Any = None,
-        positions: Int[Array, "..."] | None = None,
-        memory: Float[Array, "B S D"] | None = None,
-    ) -> Float[Array, "B T D"]:
+    def _attend(self, x: Array, mask: Any, positions: Any, memory: Any, **options: Any) -> Any:
         if memory is not None:
             self._check_memory()
         q, k, v = self.qkv(x, memory)
         tokens = jnp.arange(x.shape[1]) if positions is None else positions
         q, k = self._rotate(q, tokens), self._rotate(k, tokens)
         sequence = None if positions is None or self._on_grid else positions
-        o = attention(
+        return attention(
             q,
             k,
             v,
@@ -84,9 +77,29 @@ class AdaptiveEntmaxAttention(GroupedQueryAttention):
             q_positions=sequence,
             kv_positions=sequence if memory is None else None,
             backend=self.backend,
-            **dropout_arguments(self.dropout),
+            **options,
         )
-        return self.out(o)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Any = None,
+        positions: Int[Array, "..."] | None = None,
+        memory: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        return self.out(self._attend(x, mask, positions, memory, **dropout_arguments(self.dropout)))
+
+    def attention_weights(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Any = None,
+        positions: Int[Array, "..."] | None = None,
+        memory: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B N T S"]:
+        """P_n of the same call, in float32 and before dropout, for `attention_density` and `head_js_diversity`."""
+        return self._attend(x, mask, positions, memory, return_weights=True)[1]
 
     def prefill(
         self,

@@ -235,6 +235,7 @@ def test_forbidden_weights_are_zero(qkv):
     mask = Causal() & Lengths(jnp.array([T, 5]), jnp.array([T, 5]))
     allowed = np.broadcast_to(mask.dense(T, batch=B), (B, N, T, T))
 
+    @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def f(q, alpha, v):
         out, w = attention(q, k, v, mask=mask, weights=Entmax(alpha), return_weights=True)
@@ -260,14 +261,10 @@ def test_alpha_stays_between_one_and_two():
     assert len(np.unique(mixer.alpha)) == 4
     assert ((mixer.alpha > 1) & (mixer.alpha < 2)).all()
     x = jax.random.normal(jax.random.key(1), (2, 6, 16))
+    gradient = nnx.jit(nnx.grad(lambda mixer: (mixer(x) ** 2).sum()))
     for r in (-1e30, -40.0, -17.0, 0.0, 17.0, 40.0, 1e30):
         mixer.alpha_logits[...] = jnp.full(4, r)
         assert ((mixer.alpha >= 1) & (mixer.alpha <= 2)).all()
-
-        @nnx.grad
-        def gradient(mixer):
-            return (mixer(x) ** 2).sum()
-
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient(mixer)))
     np.testing.assert_allclose(AdaptiveEntmaxAttention(16, 4, init_alpha=1.25, rngs=nnx.Rngs(0)).alpha, 1.25, atol=1e-6)
     for wrong in (1.0, 2.0, 0.5):
@@ -280,16 +277,20 @@ def test_decoding_is_the_full_forward():
         16, 4, num_kv_heads=2, causal=True, positions=RoPE(), init_alpha=1.6, rngs=nnx.Rngs(0)
     )
     x = jax.random.normal(jax.random.key(0), (2, 9, 16))
-    full = mixer(x)
-    cache = mixer.init_cache(2, 12)
-    y, cache = mixer.prefill(x[:, :6], cache)
+    forward, prefill, step = (nnx.jit(f) for f in (type(mixer).__call__, type(mixer).prefill, type(mixer).step))
+    full = forward(mixer, x)
+    y, cache = prefill(mixer, x[:, :6], mixer.init_cache(2, 12))
     parts = [y]
     for t in range(6, 9):
-        y, cache = mixer.step(x[:, t : t + 1], cache)
+        y, cache = step(mixer, x[:, t : t + 1], cache)
         parts.append(y)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=1e-5)
     assert mixer.cache_numbers_per_token() == 2 * 2 * 4
-    changed = mixer(x.at[:, 5:].set(0.0))
+    w = mixer.attention_weights(x)
+    assert 0 < attention_density(w, where=jnp.tri(9, dtype=bool)) < 1
+    values = jnp.repeat(mixer.qkv.value(x), 2, axis=2)
+    np.testing.assert_allclose(mixer.out(jnp.einsum("bnts,bsnh->btnh", w, values)), full, atol=1e-5)
+    changed = forward(mixer, x.at[:, 5:].set(0.0))
     np.testing.assert_array_equal(changed[:, :5], full[:, :5])
 
 
@@ -332,7 +333,7 @@ def test_fenchel_young_loss(rng, alpha):
     p = entmax(x, alpha)
     np.testing.assert_allclose(loss, ((p - y) * x).sum(-1) + tsallis_entropy(p, alpha), atol=1e-12)
     assert (loss >= 0).all()
-    gradient = jax.grad(lambda x: fenchel_young_entmax_loss(x, targets, alpha).sum())
+    gradient = jax.jit(jax.grad(lambda x: fenchel_young_entmax_loss(x, targets, alpha).sum()))
     np.testing.assert_allclose(gradient(x), p - y, atol=1e-12)
     if alpha == 1:
         log_p = jnp.take_along_axis(jax.nn.log_softmax(x), targets[:, None], 1)[:, 0]
@@ -340,11 +341,12 @@ def test_fenchel_young_loss(rng, alpha):
     else:
         np.testing.assert_allclose(fenchel_young_entmax_loss(20 * y, targets, alpha), 0, atol=1e-12)
     h, d = 1e-6, jnp.asarray(rng.normal(size=x.shape))
-    by_alpha = [fenchel_young_entmax_loss(x, targets, alpha + e).sum() for e in (h, -h)]
-    da = jax.grad(lambda a: fenchel_young_entmax_loss(x, targets, a).sum())(alpha)
-    np.testing.assert_allclose(da, (by_alpha[0] - by_alpha[1]) / (2 * h), atol=1e-6)
+    by_alpha = jax.jit(lambda a: fenchel_young_entmax_loss(x, targets, a).sum())
+    slope = (by_alpha(alpha + h) - by_alpha(alpha - h)) / (2 * h)
+    np.testing.assert_allclose(jax.jit(jax.grad(by_alpha))(alpha), slope, atol=1e-6)
     curved = (gradient(x + h * d) - gradient(x - h * d)) / (2 * h)
-    np.testing.assert_allclose(jax.jvp(gradient, (x,), (d,))[1], curved, atol=1e-6)
+    curvature = jax.jit(lambda d: jax.jvp(gradient, (x,), (d,))[1])
+    np.testing.assert_allclose(curvature(d), curved, atol=1e-6)
 
 
 def test_fenchel_young_loss_wants_one_class_per_row():

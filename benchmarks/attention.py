@@ -1,0 +1,230 @@
+"""Attention backends against ``jax.nn`` and, where they are installed, PyTorch and tokamax.
+
+    attnzoo bench attention                        # all suites, about ten minutes on two cores
+    attnzoo bench attention --suite causal         # T=4096, float32 and bfloat16, forward and forward+backward
+    attnzoo bench attention --suite window --repeat 9
+    attnzoo bench attention --suite maps --out .   # block maps of a million tokens
+
+Every suite writes ``attention_<suite>.json`` and a plot beside it. Cases take turns in one process and report medians;
+memory is the growth of the process while one call runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnzoo.core.attention import attention
+from attnzoo.core.masks import Causal, Prefix, SlidingWindow
+from benchmarks._measure import environment, interleaved, peak_mib
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _inputs(length: int, heads: int, width: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(1, length, heads, width)).astype(np.float32) for _ in range(3)]
+
+
+def _jax_calls(f: Callable[..., Any], arrays: list[np.ndarray], dtype: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward, and forward with backward, compiled for these inputs."""
+    q, k, v = (jnp.asarray(x, dtype) for x in arrays)
+    forward = jax.jit(f).lower(q, k, v).compile()
+    loss = jax.grad(lambda q, k, v: f(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+    both = jax.jit(loss).lower(q, k, v).compile()
+    return lambda: jax.block_until_ready(forward(q, k, v)), lambda: jax.block_until_ready(both(q, k, v))
+
+
+def _torch_calls(arrays: list[np.ndarray]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    try:
+        import torch
+        import torch.nn.functional as functional
+    except ImportError:
+        return {}
+    torch.set_num_threads(environment()["cores"])
+    q, k, v = (torch.tensor(x).transpose(1, 2).contiguous().requires_grad_() for x in arrays)
+
+    def forward() -> None:
+        with torch.no_grad():
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def both() -> None:
+        q.grad = k.grad = v.grad = None
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+    return {"torch sdpa": (forward, both)}
+
+
+def _tokamax_calls(arrays: list[np.ndarray]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    try:
+        import tokamax
+    except ImportError:
+        return {}
+
+    def f(q: Any, k: Any, v: Any) -> Any:
+        return tokamax.dot_product_attention(q, k, v, is_causal=True, implementation="xla_chunked")
+
+    return {"tokamax xla_chunked": _jax_calls(f, arrays, jnp.float32)}
+
+
+def causal(options: argparse.Namespace) -> dict[str, Any]:
+    """Causal attention, B=1: ours (blockwise; dense for scale) against the peers."""
+    arrays = _inputs(options.length, options.heads, options.width)
+
+    def ours(backend: str) -> Callable[..., Any]:
+        return lambda q, k, v: attention(q, k, v, mask=Causal(), backend=backend)
+
+    calls = {
+        "attnzoo blockwise": _jax_calls(ours("blockwise"), arrays, jnp.float32),
+        "attnzoo blockwise bf16": _jax_calls(ours("blockwise"), arrays, jnp.bfloat16),
+        "attnzoo dense": _jax_calls(ours("dense"), arrays, jnp.float32),
+        "jax.nn": _jax_calls(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), arrays, jnp.float32),
+        **_torch_calls(arrays),
+        **_tokamax_calls(arrays),
+    }
+    times = [interleaved({name: pair[i] for name, pair in calls.items()}, options.repeat) for i in (0, 1)]
+    rows = {
+        name: {
+            "forward": times[0][name] | {"peak_mib": peak_mib(pair[0])},
+            "forward+backward": times[1][name] | {"peak_mib": peak_mib(pair[1])},
+        }
+        for name, pair in calls.items()
+    }
+    ratios = {}
+    for what in ("forward", "forward+backward"):
+        mine = rows["attnzoo blockwise"][what]["median_ms"]
+        ratios[what] = {
+            "faster_than_jax.nn": round(rows["jax.nn"][what]["median_ms"] / mine, 2),
+            "bf16_over_f32": round(rows["attnzoo blockwise bf16"][what]["median_ms"] / mine, 2),
+        }
+        if "torch sdpa" in rows:
+            ratios[what]["of_torch_sdpa"] = round(mine / rows["torch sdpa"][what]["median_ms"], 2)
+    sizes = {"B": 1, "T": options.length, "N": options.heads, "H": options.width}
+    return {"sizes": sizes, "rows": rows, "ratios": ratios}
+
+
+def window(options: argparse.Namespace) -> dict[str, Any]:
+    """Sliding window of 256: time and memory against length, and the cost of a visited tile against a dense one."""
+    mask = Causal() & SlidingWindow(256)
+    lengths = [2048, 4096, 8192, 16384]
+    rows: dict[str, Any] = {}
+    pairs = {}
+    for n in lengths:
+        arrays = _inputs(n, options.heads, options.width)
+        pairs[n] = _jax_calls(lambda q, k, v: attention(q, k, v, mask=mask, backend="blockwise"), arrays, jnp.float32)
+    times = [interleaved({str(n): pairs[n][i] for n in lengths}, options.repeat) for i in (0, 1)]
+    for n in lengths:
+        rows[str(n)] = {
+            "forward": times[0][str(n)] | {"peak_mib": peak_mib(pairs[n][0])},
+            "forward+backward": times[1][str(n)] | {"peak_mib": peak_mib(pairs[n][1])},
+        }
+    last = lengths[-1]
+    arrays = _inputs(last, options.heads, options.width)
+    dense = _jax_calls(lambda q, k, v: attention(q, k, v, backend="blockwise"), arrays, jnp.float32)
+    share = mask.block_map(last).visited
+    against = {}
+    for i, what in enumerate(("forward", "forward+backward")):
+        both = interleaved({"window": pairs[last][i], "all tiles": dense[i]}, 3)
+        ratio = both["window"]["median_ms"] / both["all tiles"]["median_ms"]
+        against[what] = both | {"share_of_tiles": round(share, 5), "cost_per_tile_over_dense": round(ratio / share, 2)}
+
+    def exponent(what: str, field: str) -> float:
+        y = [rows[str(n)][what][field] for n in lengths]
+        return round(float(np.polyfit(np.log(lengths), np.log(y), 1)[0]), 3)
+
+    exponents = {
+        what: {"time": exponent(what, "median_ms"), "memory": exponent(what, "peak_mib")}
+        for what in ("forward", "forward+backward")
+    }
+    sizes = {"B": 1, "N": options.heads, "H": options.width, "window": 256}
+    return {"sizes": sizes, "rows": rows, "exponents": exponents, "against_all_tiles": against}
+
+
+def maps(options: argparse.Namespace) -> dict[str, Any]:
+    """Block maps of a million tokens in 512-blocks: seconds and the memory numpy took."""
+    cases = {"Causal() & SlidingWindow(4096) | Prefix(512)": Causal() & SlidingWindow(4096) | Prefix(512), "Causal()": Causal()}
+    rows = {}
+    for name, mask in cases.items():
+        seconds = []
+        for _ in range(options.repeat):
+            start = time.perf_counter()
+            made = mask.block_map(2**20)
+            seconds.append(time.perf_counter() - start)
+        tracemalloc.start()
+        mask.block_map(2**20)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        rows[name] = {"median_s": round(float(np.median(seconds)), 3), "peak_mb": round(peak / 1e6, 1), "map": repr(made)}
+    return {"sizes": {"T": 2**20, "block": 512}, "rows": rows}
+
+
+SUITES = {"causal": causal, "window": window, "maps": maps}
+
+
+def _plot(suite: str, result: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    whats = ("forward", "forward+backward")
+    if suite == "maps":
+        return
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    rows = result["rows"]
+    for ax, field, label in zip(axes, ("median_ms", "peak_mib"), ("milliseconds (median)", "peak memory, MiB"), strict=True):
+        for i, what in enumerate(whats):
+            y = [rows[name][what][field] for name in rows]
+            if suite == "window":
+                ax.loglog([int(n) for n in rows], y, "o-", base=2, label=what)
+            else:
+                ax.barh(np.arange(len(rows)) + 0.4 * i, y, 0.38, label=what)
+        ax.set_xlabel("tokens" if suite == "window" else label)
+        if suite == "window":
+            ax.set_ylabel(label)
+            ax.grid(alpha=0.3)
+        else:
+            ax.set_yticks(np.arange(len(rows)) + 0.2, list(rows) if ax is axes[0] else [])
+            ax.invert_yaxis()
+        ax.legend(frameon=False)
+    sizes = ", ".join(f"{k}={v}" for k, v in result["sizes"].items())
+    fig.suptitle(f"{suite} attention, {sizes}, {result['environment']['cores']} CPU cores", fontsize=10)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chosen suites; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="attnzoo bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of the causal suite (default 4096)")
+    parser.add_argument("--heads", type=int, default=8, help="heads (default 8)")
+    parser.add_argument("--width", type=int, default=64, help="head width (default 64)")
+    parser.add_argument("--repeat", type=int, default=7, help="turns of each case (default 7)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results (default benchmarks/results)")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for suite in SUITES if options.suite == "all" else [options.suite]:
+        where = environment()
+        result = SUITES[suite](options)
+        command = " ".join(["attnzoo bench attention", *(sys.argv[3:] if argv is None else argv)])
+        result = {"suite": suite, "command": command, "environment": where, **result}
+        path = options.out / f"attention_{suite}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        _plot(suite, result, path.with_suffix(".png"))
+        print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1))
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
