@@ -137,9 +137,7 @@ class Card:
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "plot needs matplotlib, which is not installed: pip install 'attnzoo[train]'"
-            ) from None
+            raise ModuleNotFoundError("plot needs matplotlib, which is not installed: pip install 'attnzoo[train]'") from None
         lengths = [2**n for n in range(6, 21)]
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()

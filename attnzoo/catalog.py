@@ -129,9 +129,7 @@ def mixer(key: str) -> type:
     if row is None:
         raise unknown("mixer", key, known)
     reason = "planned, not built" if row.status == "planned" else "built, but not a drop-in mixer"
-    raise ValueError(
-        f"mixer {key!r}: paper {row.number} is {reason}. Known: {', '.join(sorted(known)) or 'none'}."
-    )
+    raise ValueError(f"mixer {key!r}: paper {row.number} is {reason}. Known: {', '.join(sorted(known)) or 'none'}.")
 
 
 def build(entry: object) -> object:

@@ -115,9 +115,7 @@ def _list(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps([card.row_dict(row) for row in rows], indent=1, ensure_ascii=False))
         return 0
-    width = (
-        shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    )  # pipes get whole lines
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # pipes get whole lines
     key_width = max((len(row.key) for row in rows), default=0)
     family_width = max((len(row.family) for row in rows), default=0)
     for row in rows:
@@ -130,9 +128,7 @@ def _list(argv: Sequence[str]) -> int:
 
 
 def _show(argv: Sequence[str]) -> int:
-    parser = _parser(
-        "show", "One paper: its idea, equations, costs, files and measured claim.", _SHOW_EXAMPLES
-    )
+    parser = _parser("show", "One paper: its idea, equations, costs, files and measured claim.", _SHOW_EXAMPLES)
     parser.add_argument("key", metavar="KEY", help="a paper's key, as `attnzoo list` prints it")
     for option, letter in _SIZES.items():
         parser.add_argument(f"--{option}", type=int, dest=letter, metavar=letter, help=costs.LETTERS[letter])
@@ -201,9 +197,7 @@ def check_not_shadowed(package: str) -> None:
     """
     ours = (catalog.PACKAGE.parent / package).resolve()
     if package in sys.modules:
-        found = getattr(sys.modules[package], "__file__", None) or next(
-            iter(sys.modules[package].__path__), ""
-        )
+        found = getattr(sys.modules[package], "__file__", None) or next(iter(sys.modules[package].__path__), "")
     else:
         spec = importlib.util.find_spec(package)
         places = list(spec.submodule_search_locations or []) if spec else []

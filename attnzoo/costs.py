@@ -35,9 +35,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
-_FUNCTIONS: Mapping[
-    str, tuple[Callable[..., float], int | None]
-] = {  # name -> (function, arguments it takes)
+_FUNCTIONS: Mapping[str, tuple[Callable[..., float], int | None]] = {  # name -> (function, arguments it takes)
     "min": (min, None),
     "max": (max, None),
     "ceil": (math.ceil, 1),
@@ -70,10 +68,7 @@ def sizes(
     """
     if H is None:
         if N > 0 and D % N:
-            raise ValueError(
-                f"D={D} does not divide into N={N} heads: "
-                f"give the head width H, or a D that is a multiple of {N}"
-            )
+            raise ValueError(f"D={D} does not divide into N={N} heads: give the head width H, or a D that is a multiple of {N}")
         H = D // max(N, 1)
     K = N if K is None else K
     values = {
@@ -149,9 +144,7 @@ def _check(node: ast.AST, formula: str) -> None:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
             count = _FUNCTIONS[name][1]
             if not args or (count is not None and len(args) != count):
-                raise ValueError(
-                    f"formula {formula!r}: {name} takes {count or 'some'} argument(s), got {len(args)}"
-                )
+                raise ValueError(f"formula {formula!r}: {name} takes {count or 'some'} argument(s), got {len(args)}")
             for arg in args:
                 _check(arg, formula)
         case _:

@@ -1,10 +1,18 @@
-"""Writes `docs/catalog.md` from the catalog: run `python docs/generate.py` after adding an exhibit."""
+"""Writes `docs/catalog.md` from the catalog, and the README's table of measurements from `benchmarks/results`.
 
+Run `python docs/generate.py` after adding an exhibit and after measuring.
+"""
+
+import json
 from pathlib import Path
 
 from attnzoo import catalog
 
-PAGE = Path(__file__).with_name("catalog.md")
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "catalog.md"
+README = ROOT / "README.md"
+MEASURED = ROOT / "benchmarks" / "results" / "attention_causal.json"
+START, END = "<!-- measured: written by docs/generate.py -->\n", "<!-- end of measured -->\n"
 
 
 def page() -> str:
@@ -34,6 +42,36 @@ def _line(row: catalog.Row) -> str:
     return f"| {row.number} | `{row.key}` | {row.what} | {title}. {cited} | {status} |"
 
 
+def readme() -> str:
+    """The README with its table of measurements renewed; the rest is kept."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    return before + START + measured() + END + after
+
+
+def measured() -> str:
+    """Causal attention's recorded times, or how to record them."""
+    if not MEASURED.is_file():
+        return "\nNot recorded yet; `attnzoo bench attention` measures.\n\n"
+    result = json.loads(MEASURED.read_text(encoding="utf-8"))
+    sizes = ", ".join(f"{letter}={size}" for letter, size in result["sizes"].items())
+    where = result["environment"]
+    libraries = ", ".join(f"{name} {where[name]}" for name in ("jax", "torch", "tokamax") if name in where)
+    lines = [
+        f"Causal attention, {sizes}, on {where['cores']} CPU cores ({where['machine']}, {libraries}): median "
+        "milliseconds, and the growth of the process in MiB while one call runs.",
+        "",
+        "| | forward | MiB | forward + backward | MiB |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, row in result["rows"].items():
+        cells = (f"{row[w]['median_ms']:.0f} | {row[w]['peak_mib']:.0f}" for w in ("forward", "forward+backward"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"Measured by `{result['command']}`, which takes turns between the cases in one process."]
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    for path, text in ((PAGE, page()), (README, readme())):
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")

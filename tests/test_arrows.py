@@ -97,9 +97,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
             if here in ("attnzoo.core", "pallas_kernels") and top == "flax":
                 found.append(f"{module}:{line}: {here} is Flax-free, but imports {base}")
             if top not in sys.stdlib_module_names | RUNTIME and here != "train" and at_top:
-                found.append(
-                    f"{module}:{line}: {top} is not a runtime dependency; import it inside the function"
-                )
+                found.append(f"{module}:{line}: {top} is not a runtime dependency; import it inside the function")
             continue
         private = [part for target in targets for part in target.split(".") if part.startswith("_")]
         private = [part for part in private if not (part.startswith("__") and part.endswith("__"))]
@@ -127,9 +125,7 @@ def is_module(name: str) -> bool:
 
 
 def source_files() -> list[Path]:
-    return sorted(
-        f for package in ("attnzoo", "pallas_kernels", "train") for f in (ROOT / package).rglob("*.py")
-    )
+    return sorted(f for package in ("attnzoo", "pallas_kernels", "train") for f in (ROOT / package).rglob("*.py"))
 
 
 def module_name(file: Path) -> str:

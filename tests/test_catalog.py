@@ -135,9 +135,7 @@ def test_a_row_that_lies_fails(fake, change, words):
     assert any(words in lie for lie in lies(row, module, root))
 
 
-@pytest.mark.parametrize(
-    "name", ["tests/zoo/projections/test_tpa.py", "train/claims/tpa.py", "train/claims/results/tpa.json"]
-)
+@pytest.mark.parametrize("name", ["tests/zoo/projections/test_tpa.py", "train/claims/tpa.py", "train/claims/results/tpa.json"])
 def test_a_missing_file_fails(fake, name):
     row, module, root = fake
     (root / name).unlink()

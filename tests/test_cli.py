@@ -52,9 +52,7 @@ def exhibit(monkeypatch):
 
 
 def test_installed_command_runs():
-    done = subprocess.run(
-        [sys.executable, "-m", "attnzoo.cli", "list"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "attnzoo.cli", "list"], capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 157
     assert done.stderr == ""
 

@@ -1,6 +1,7 @@
 """The documentation is up to date and its links lead somewhere."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -10,11 +11,31 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("**/*.md")), *(ROOT / n for n in ("README.md", "CONTRIBUTING.md"))]
 
 
-def test_catalog_page_is_up_to_date():
+@pytest.fixture
+def generate():
     spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_generated_is_up_to_date(generate):
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run: python docs/generate.py"
+    assert generate.README.read_text(encoding="utf-8") == generate.readme(), "run: python docs/generate.py"
+
+
+def test_measurements_become_a_table(generate, tmp_path, monkeypatch):
+    times = {"median_ms": 12.3, "peak_mib": 45.6}
+    result = {
+        "command": "attnzoo bench attention",
+        "sizes": {"B": 1, "T": 64},
+        "environment": {"cores": 2, "machine": "x86_64", "jax": "0.10.2"},
+        "rows": {"ours": {"forward": times, "forward+backward": times}},
+    }
+    monkeypatch.setattr(generate, "MEASURED", tmp_path / "result.json")
+    assert "Not recorded" in generate.measured()
+    generate.MEASURED.write_text(json.dumps(result))
+    assert "| ours | 12 | 46 | 12 | 46 |" in generate.measured()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -32,9 +32,7 @@ def test_few_names_are_listed():
 
 
 def test_many_names_are_counted():
-    assert str(unknown("key", "zz", (f"name_{i}" for i in range(30)))).endswith(
-        "none of the 30 known names is near."
-    )
+    assert str(unknown("key", "zz", (f"name_{i}" for i in range(30)))).endswith("none of the 30 known names is near.")
     assert "Known" not in str(unknown("key", "name_1", (f"name_{i}" for i in range(30))))
 
 

@@ -110,7 +110,7 @@ class _reading:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception):
             return
-        line = next(iter(str(error).strip().splitlines()), "")[:160] or type(error).__name__
+        line = next(iter(str(error).strip().splitlines()), "").partition(". See full")[0][:160] or type(error).__name__
         others = sorted((p.name for p in self.folder.parent.glob("[0-9]*") if p != self.folder), key=int)
         fallback = (
             f"delete or move that folder away to go on from step {others[-1]}"
@@ -144,7 +144,7 @@ def _plain(leaf: Any) -> Any:
 def _unnamed(like: Any, named: dict[str, Any]) -> Any:
     leaves, structure = jax.tree.flatten(like)
     values = [
-        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
+        jax.random.wrap_key_data(value) if _is_key(leaf) else value
         for leaf, value in zip(leaves, (named[name] for name in _named(like)), strict=True)
     ]
     return jax.tree.unflatten(structure, values)

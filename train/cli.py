@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -17,8 +17,11 @@ from train.generate import GenerateConfig, generate
 from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
 from train.report import print_result
-from train.rundir import free_folder, open_run
+from train.rundir import CONFIG, free_folder, open_run
 from train.tasks import task_class
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 _TRAIN = """\
 Trains a small model with any mixer: two minutes on two CPU cores by default, a pod by configuration.
@@ -100,15 +103,18 @@ def train_main(argv: Sequence[str]) -> int:
     else:
         folder = free_folder(f"{config.task}-{config.mixer}")
     console = Console()
-    result = train(config, folder, resume=command.resume is not None, console=console)
+    resume = f"attnzoo train --resume {shlex.quote(str(folder))}"
+    try:
+        result = train(config, folder, resume=command.resume is not None, console=console)
+    except KeyboardInterrupt:  # before the first step, after the last one, or a second time
+        started = (folder / CONFIG).is_file()
+        said = f"continue from its last checkpoint with\n  {resume}" if started else "nothing was started"
+        console.print(f"\ninterrupted; {said}", highlight=False, soft_wrap=True)
+        return INTERRUPTED
     if result.interrupted:
-        console.print(
-            f"\ninterrupted after step {result.step} of {config.steps}, which is saved. Continue with\n"
-            f"  attnzoo train --resume {shlex.quote(str(folder))}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return 130
+        said = f"interrupted after step {result.step} of {config.steps}, which is saved"
+        console.print(f"\n{said}. Continue with\n  {resume}", highlight=False, soft_wrap=True)
+        return INTERRUPTED
     print_result(console, config, result)
     return 0
 
@@ -158,7 +164,7 @@ def compare_main(argv: Sequence[str]) -> int:
         comparison = compare(config, command.mixers, folder, console)
     except KeyboardInterrupt:
         console.print(f"interrupted; what is finished lies in {folder}", highlight=False)
-        return 130
+        return INTERRUPTED
     console.print(table(comparison))
     console.print(f"In {folder}: compare.json, compare.png, and the folder of each run", highlight=False)
     return 0
@@ -188,7 +194,7 @@ _Command = TypeVar("_Command")
 
 
 def _parse(kind: type[_Command], argv: Sequence[str], name: str, description: str, default: _Command | None = None) -> _Command:
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, args=list(argv), prog=f"attnzoo {name}", description=description, **options)
 
 

@@ -163,7 +163,7 @@ def table(comparison: Comparison) -> Table:
     baselines = ", ".join(f"{name} {value:.3f}" for name, value in comparison.baselines.items())
     shown = Table(title=f"{comparison.quality}, {better} is better", caption=f"baselines: {baselines}")
     shown.add_column("mixer")
-    for name in (comparison.quality, "ms per step", "parameters", "mlp_dim", "cache numbers/token", "bytes/token"):
+    for name in (comparison.quality, "ms/step", "parameters", "mlp_dim", "cache/token"):
         shown.add_column(name, justify="right")
     for row in comparison.rows:
         shown.add_row(
@@ -172,8 +172,7 @@ def table(comparison: Comparison) -> Table:
             "" if row.step_seconds is None else f"{1000 * row.step_seconds:.0f}",
             f"{row.parameters:,}",
             str(row.mlp_dim),
-            "" if row.cache_numbers is None else f"{row.cache_numbers:,.0f}",
-            "" if row.cache_bytes is None else f"{row.cache_bytes:,.0f}",
+            "" if row.cache_numbers is None else f"{row.cache_numbers:,.0f} ({row.cache_bytes:,.0f} B)",
         )
     return shown
 

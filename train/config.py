@@ -20,7 +20,7 @@ class DataConfig:
     """A data set that comes along (python_topics, scikit_digits), or any TFDS name."""
     dir: str | None = None
     """Folder of prepared data sets; by default attnzoo/data in your cache folder."""
-    context: int = 192
+    context: int = 128
     """Tokens per training example, for text."""
 
 
@@ -28,10 +28,10 @@ class DataConfig:
 class ModelConfig:
     """Sizes of the network around the mixer."""
 
-    dim: int = 160
+    dim: int = 96
     """Width of the residual stream."""
-    num_layers: int = 4
-    num_heads: int = 5
+    num_layers: int = 3
+    num_heads: int = 3
     """Query heads."""
     num_kv_heads: int | None = None
     """Heads of keys and values; by default as many as query heads."""
@@ -60,7 +60,7 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine decay."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """At its peak."""
     final_fraction: float = 0.05
     """The last learning rate, as a fraction of the peak."""
@@ -92,7 +92,7 @@ class MeshConfig:
 class EvalConfig:
     """Validation."""
 
-    every: int = 100
+    every: int = 200
     """Steps between validations; the last step is always followed by one."""
     sample: int = 200
     """Tokens of the continuation that is sampled at the end, for text."""
@@ -102,7 +102,7 @@ class EvalConfig:
 class CheckpointConfig:
     """What is kept on disk."""
 
-    every: int = 100
+    every: int = 200
     """Steps between checkpoints; the last step always makes one."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
@@ -123,9 +123,9 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    steps: int = 400
+    steps: int = 1200
     """Optimizer steps."""
-    batch: int = 32
+    batch: int = 8
     """Examples per step, over all devices."""
     seed: int = 0
     """Of parameters, data order and dropout."""

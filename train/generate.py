@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def continue_text(
     if not prompt:
         raise ValueError("--prompt: is empty; the model needs at least one byte to continue")
     tokens = jnp.asarray(tokenizer.encode(prompt).astype(np.int32))[None]
-    options = {"max_new": max_new, "eos_id": tokenizer.END[0]}
+    options: dict[str, Any] = {"max_new": max_new, "eos_id": tokenizer.END[0]}
     if temperature == 0:
         made = greedy(model, tokens, **options)
     else:

@@ -57,7 +57,9 @@ def parse_mixer_args(key: str, taken: dict[str, list[str]]) -> dict[str, Any]:
     values = dataclasses.make_dataclass(key, fields)
     line = [word for name, words in taken.items() for word in (f"--{name}", *words)]
     try:
-        parsed = tyro.cli(values, args=line, console_outputs=False, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+        parsed: Any = tyro.cli(
+            values, args=line, console_outputs=False, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+        )
     except SystemExit:
         given = ", ".join(f"{PREFIX}{name} {' '.join(words)}".strip() for name, words in taken.items())
         kinds_text = ", ".join(f"{name}: {_spelled(kinds[name])}" for name in taken)

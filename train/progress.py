@@ -65,7 +65,7 @@ class RunDisplay:
         now = time.monotonic()
         if not self._live and (now - self._printed >= _QUIET_SECONDS or step == self._steps):
             self._printed = now
-            self._console.print(f"step {step}/{self._steps}  {status}", highlight=False)
+            self._console.print(f"step {step}/{self._steps}  {status}", highlight=False, soft_wrap=True)
 
     def score(self, text: str) -> None:
         """The validation score to show from now on."""

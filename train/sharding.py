@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from attnzoo.nn.linear import axis_names
 from train.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -52,7 +53,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     def place(leaf: Any) -> Any:
         if isinstance(leaf, nnx.Variable):
-            names = leaf.get_metadata().get("sharding_names")
+            names = axis_names(leaf)
             return jax.tree.map(lambda array: NamedSharding(mesh, _spec(names, array.shape, mesh)), leaf)
         return NamedSharding(mesh, PartitionSpec())
 
@@ -87,8 +88,6 @@ def put_batch(batch: dict[str, np.ndarray], sequence: frozenset[str], mesh: Mesh
     def put(name: str, value: np.ndarray) -> jax.Array:
         axes = (("data", "fsdp"), *(("context",) if name in sequence else ()))
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        if jax.process_count() == 1:
-            return jax.device_put(value, sharding)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return {name: put(name, value) for name, value in batch.items()}

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from attnzoo.nn.linear import axis_names
 from train.config import Config
 from train.sharding import put_batch, shardings
 from train.tasks.base import Batch, Task
@@ -26,15 +27,16 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then a cosine down to its final fraction."""
+    """Of the update after `count` others: linear warm-up to the peak, then a cosine down to its final fraction."""
     options = config.optimizer
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=options.learning_rate,
         warmup_steps=round(options.warmup * config.steps),
         decay_steps=config.steps,
         end_value=options.final_fraction * options.learning_rate,
     )
+    return lambda count: schedule(count + 1)  # or the first update would be nothing
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -54,7 +56,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def _is_matrix(params: nnx.State) -> Any:
     def mark(variable: nnx.Variable) -> Any:
-        stacked = "layers" in (variable.get_metadata().get("sharding_names") or ())  # by scan_layers
+        stacked = "layers" in (axis_names(variable) or ())  # by scan_layers
         return jax.tree.map(lambda array: array.ndim - stacked > 1, variable)
 
     return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
@@ -69,6 +71,7 @@ class Trainer:
     def __init__(self, task: Task, config: Config, mesh: Mesh):
         self.task, self.mesh = task, mesh
         self.optimizer = make_optimizer(config)
+        self.graphdef: nnx.GraphDef
         self.seed = config.seed
         self.abstract: TrainState = jax.eval_shape(self._init)
         self.shardings: TrainState = shardings(self.abstract, mesh)
@@ -101,19 +104,19 @@ class Trainer:
     def _init(self) -> TrainState:
         model = self.task.make_model(nnx.Rngs(self.seed))
         model.train()
-        self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
         return TrainState(params, rest, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def _step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss(params: nnx.State, rest: nnx.State) -> tuple[jax.Array, nnx.State]:
             model = nnx.merge(self.graphdef, params, rest, copy=True)
             value = self.task.loss(model, batch)
-            return value, nnx.split(model, nnx.Param, ...)[2]
+            return value, nnx.state(model, nnx.Not(nnx.Param))
 
         (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state.rest)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(params, rest, opt_state, state.step + 1), metrics
 
     def _evaluate(self, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -119,8 +119,7 @@ def _choose(r: Request, backend: str) -> tuple[str, str]:
     g = r.geometry
     if "dense" in able and "cudnn" not in able and g.queries * g.keys <= SMALL:
         return "dense", f"T×S = {g.queries}×{g.keys} is small: one dense product is quickest"
-    others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why is not None and name != "dense")
-    return able[0], f"the first of {', '.join(BACKENDS)} that can run this" + (f" ({others})" if others else "")
+    return able[0], f"the first of {', '.join(BACKENDS)} that can run this"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,10 @@ class Intervals:
     exact: bool = True
 
     def __post_init__(self) -> None:
-        empty, nowhere = self.hi <= self.lo, -_FAR - 1  # so that empty runs sort before all others
-        object.__setattr__(self, "lo", self._xp.where(empty, nowhere, self.lo))
+        nowhere = -_FAR - 1  # empty runs sort before all others, which begin at -_FAR or later
+        lo = self._xp.maximum(self.lo, -_FAR)
+        empty = self.hi <= lo
+        object.__setattr__(self, "lo", self._xp.where(empty, nowhere, lo))
         object.__setattr__(self, "hi", self._xp.where(empty, nowhere, self.hi))
 
     @property

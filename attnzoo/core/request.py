@@ -191,4 +191,3 @@ def _as_blocks(x: Any) -> tuple[int, int] | None:
     if not (isinstance(x, tuple) and len(x) == 2 and all(isinstance(n, int) and n > 0 for n in x)):
         raise ValueError(f"block_sizes must be a pair of positive ints (queries, keys), got {x!r}")
     return x
-

@@ -52,7 +52,7 @@ def greedy(
     _check(prompt, max_new)
     graphdef, state = _evaluating(model)
     static = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
-    return _generate(graphdef, state, prompt, lengths, cache, None, None, None, top_k=None, **static)
+    return _generate(graphdef, state, prompt, lengths, cache, None, 1.0, None, top_k=None, **static)
 
 
 def sample(
@@ -132,9 +132,7 @@ def _evaluating(model: nnx.Module) -> tuple[Any, Any]:
     return nnx.split(copy)
 
 
-def _prefill(
-    model: Any, prompt: Array, lengths: Array | None, cache: PyTree, max_new: int
-) -> tuple[Array, PyTree]:
+def _prefill(model: Any, prompt: Array, lengths: Array | None, cache: PyTree, max_new: int) -> tuple[Array, PyTree]:
     """Logits [B, V] after each row's last real token, and the cache."""
     batch, length = prompt.shape
     if cache is None:
@@ -144,7 +142,7 @@ def _prefill(
     return logits[jnp.arange(batch), last], cache
 
 
-def _restrict(logits: Array, top_k: int | None, top_p: Array | None) -> Array:
+def _restrict(logits: Array, top_k: int | None, top_p: ArrayLike | None) -> Array:
     """-inf for the tokens that may not be drawn."""
     if top_k is not None and top_k < logits.shape[-1]:
         logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
@@ -152,9 +150,7 @@ def _restrict(logits: Array, top_k: int | None, top_p: Array | None) -> Array:
         ranked = jnp.sort(logits, axis=-1, descending=True)
         p = jax.nn.softmax(ranked)
         within = jnp.cumsum(p, axis=-1) - p < top_p  # what comes before it does not yet reach top_p
-        logits = jnp.where(
-            logits < jnp.min(ranked, axis=-1, where=within, initial=jnp.inf, keepdims=True), -jnp.inf, logits
-        )
+        logits = jnp.where(logits < jnp.min(ranked, axis=-1, where=within, initial=jnp.inf, keepdims=True), -jnp.inf, logits)
     return logits
 
 
@@ -166,8 +162,8 @@ def _generate(
     lengths: Array | None,
     cache: PyTree,
     rng: Array | None,
-    temperature: Array | None,
-    top_p: Array | None,
+    temperature: ArrayLike,
+    top_p: ArrayLike | None,
     *,
     top_k: int | None,
     max_new: int,
@@ -202,9 +198,7 @@ def _generate(
         return i + 1, cache, *record(i, logits[:, 0], made, done)
 
     logits, cache = _prefill(nnx.merge(graphdef, state), prompt, lengths, cache, max_new)
-    made = Generated(
-        jnp.full((batch, max_new), pad_id, prompt.dtype), jnp.zeros(batch, jnp.int32), jnp.zeros(batch)
-    )
+    made = Generated(jnp.full((batch, max_new), pad_id, prompt.dtype), jnp.zeros(batch, jnp.int32), jnp.zeros(batch))
     first = record(0, logits, made, jnp.zeros(batch, bool))
     loop = (jnp.int32(1), cache, *first)
     *_, made, _ = jax.lax.while_loop(lambda s: (s[0] < max_new) & ~jnp.all(s[-1]), body, loop)

@@ -32,7 +32,7 @@ def make_mixer(
     Raises ValueError for an unknown key, an argument that the class does not take (naming those it does), or
     causal=False for one that is always causal.
     """
-    cls = catalog.mixer(key)
+    cls: Any = catalog.mixer(key)
     if not causal and not cls.bidirectional:
         raise ValueError(f"mixer {key!r} is causal by nature and cannot be used with causal=False")
     own = accepted_arguments(cls)
@@ -67,7 +67,7 @@ def accepted_arguments(cls: type[Mixer]) -> dict[str, inspect.Parameter]:
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
-        parameters = inspect.signature(base.__init__).parameters
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name, parameter in parameters.items():
             if parameter.kind is not parameter.VAR_KEYWORD and name not in _SHARED:

@@ -77,7 +77,7 @@ class LayerConfig:
         object.__setattr__(self, "mixer_args", Arguments(self.mixer_args))
 
     @property
-    def dtypes(self) -> dict[str, DTypeLike | None]:
+    def dtypes(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     @property
@@ -143,7 +143,8 @@ class AbsolutePositions(nnx.Module):
 
     def __init__(self, kind: str, length: int, dim: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.kind = kind
-        self.table = LearnedPositions(length, dim, rngs=rngs, **dtypes) if kind == "learned" else None
+        if kind == "learned":
+            self.table = LearnedPositions(length, dim, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, positions: Int[Array, "..."]) -> Array:
         if self.kind == "learned":

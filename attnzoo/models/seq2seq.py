@@ -93,10 +93,9 @@ class Transformer(nnx.Module):
         self.source_embed = table(config.source_vocab_size or config.vocab_size) if own_source else None
         self.readout = Readout(dim, config.vocab_size, rngs=rngs, **dtypes) if own_source else None
         self.source_positions, self.positions = (
-            AbsolutePositions(c.positions, config.max_length, dim, rngs=rngs, **dtypes)
-            for c in (encoder, config)
+            AbsolutePositions(c.positions, config.max_length, dim, rngs=rngs, **dtypes) for c in (encoder, config)
         )
-        options = {"scan": config.scan_layers, "remat": config.remat}
+        options: dict[str, Any] = {"scan": config.scan_layers, "remat": config.remat}
         self.encoder = Stack(layer_maker(encoder, rngs, causal=False), encoder.num_layers, **options)
         self.encoder_norm = final_norm()
         decoder_layer = layer_maker(config, rngs, causal=True, make_cross=cross)
@@ -104,9 +103,7 @@ class Transformer(nnx.Module):
         self.decoder_norm = final_norm()
         self.dropout = dropout(config.dropout_rate, rngs)
 
-    def encode(
-        self, source: Int[Array, "B S"], *, source_mask: Bool[Array, "B S"] | None = None
-    ) -> Float[Array, "B S D"]:
+    def encode(self, source: Int[Array, "B S"], *, source_mask: Bool[Array, "B S"] | None = None) -> Float[Array, "B S D"]:
         """What the decoder attends to. source_mask: True at real tokens."""
         embed = self.embed if self.source_embed is None else self.source_embed
         x = self.source_positions(embed(source), jnp.arange(source.shape[-1]))

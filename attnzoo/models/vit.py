@@ -42,9 +42,7 @@ class ViTConfig(LayerConfig):
             raise unknown("pool", self.pool, ("mean", "class"))
         height, width = self.size
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"patch_size: {self.patch_size} does not divide the image, {height}×{width} pixels"
-            )
+            raise ValueError(f"patch_size: {self.patch_size} does not divide the image, {height}×{width} pixels")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -85,9 +83,7 @@ class ViT(nnx.Module):
         """The last layer's tokens, the class token first where there is one."""
         (height, width), channels = self.config.size, self.config.channels
         if images.shape[1:] != (height, width, channels):
-            raise ValueError(
-                f"images: needs [B, h, w, C] = [B, {height}, {width}, {channels}], got {images.shape}"
-            )
+            raise ValueError(f"images: needs [B, h, w, C] = [B, {height}, {width}, {channels}], got {images.shape}")
         x = self.patches(images)
         where = grid_positions(*self.config.grid)
         if self.config.positions == "learned":

@@ -43,8 +43,8 @@ class Block(nnx.Module):
             raise ValueError(f"cross: {type(cross).__name__} takes no memory (its trait `crosses` is False)")
         self.mixer = mixer
         self.mixer_norm = norm_layer()
-        self.cross = cross
-        self.cross_norm = None if cross is None else norm_layer()
+        self.cross: Any = cross
+        self.cross_norm: Any = None if cross is None else norm_layer()
         self.feed_forward = feed_forward
         self.feed_forward_norm = norm_layer()
         self.norm_first = norm_first
@@ -87,9 +87,7 @@ class Block(nnx.Module):
             def cross(h: Array) -> tuple[Array, None]:
                 return self.cross(h, memory=memory, mask=memory_mask), None
 
-        x, carry, _ = self._layer(
-            x, lambda h: self.mixer.thread(h, carry, mask=mask, positions=positions), cross
-        )
+        x, carry, _ = self._layer(x, lambda h: self.mixer.thread(h, carry, mask=mask, positions=positions), cross)
         return x, carry
 
     def init_cache(
@@ -104,9 +102,7 @@ class Block(nnx.Module):
         """{"mixer": ..., "cross": ...}, every leaf with the rows on its first axis."""
         cache = {"mixer": self.mixer.init_cache(batch, length, dtype=dtype)}
         if self.cross is not None:
-            cache["cross"] = self.cross.init_cache(
-                batch, length, dtype=dtype, memory=memory, memory_mask=memory_mask
-            )
+            cache["cross"] = self.cross.init_cache(batch, length, dtype=dtype, memory=memory, memory_mask=memory_mask)
         return cache
 
     def prefill(

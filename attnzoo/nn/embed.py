@@ -89,9 +89,7 @@ class LearnedPositions(nnx.Module):
     def __call__(self, positions: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         length = self.table.shape[0]
         if not isinstance(positions, jax.core.Tracer) and positions.size and int(positions.max()) >= length:
-            raise ValueError(
-                f"positions: up to {int(positions.max())}, but the table was built for length={length}"
-            )
+            raise ValueError(f"positions: up to {int(positions.max())}, but the table was built for length={length}")
         return jnp.take(self.table[...], positions, axis=0, mode="clip").astype(self.dtype)
 
 

@@ -74,15 +74,11 @@ def head_counts(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: in
         raise ValueError(f"num_heads: must be at least 1, got {num_heads}")
     if head_dim is None:
         if dim % num_heads:
-            raise ValueError(
-                f"num_heads: {num_heads} heads do not divide dim={dim}; choose a divisor, or give head_dim"
-            )
+            raise ValueError(f"num_heads: {num_heads} heads do not divide dim={dim}; choose a divisor, or give head_dim")
         head_dim = dim // num_heads
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads: {num_kv_heads} key/value heads do not divide num_heads={num_heads} query heads"
-        )
+        raise ValueError(f"num_kv_heads: {num_kv_heads} key/value heads do not divide num_heads={num_heads} query heads")
     return num_kv_heads, head_dim
 
 
@@ -137,9 +133,7 @@ class QKV(nnx.Module):
         return self.query(x), self.key(source), self.value(source)
 
 
-def merge_heads(
-    num_heads: int, head_dim: int, dim: int, *, use_bias: bool = False, **options: Any
-) -> nnx.LinearGeneral:
+def merge_heads(num_heads: int, head_dim: int, dim: int, *, use_bias: bool = False, **options: Any) -> nnx.LinearGeneral:
     """The output projection [B, T, N, H] -> [B, T, D]; options as in `linear`."""
     return linear((num_heads, head_dim), dim, ("heads", "head_dim", "embed"), use_bias=use_bias, **options)
 

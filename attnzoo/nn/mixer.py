@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from attnzoo.core import masks
@@ -41,48 +40,38 @@ class Mixer(nnx.Module):
     padding_invariant: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        mask: Any = None,
-        positions: Int[Array, "..."] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """y [B, T, D], or (y, carry) for a mixer that carries.
+    # Mixers declare the keywords that they take; a base that listed them all would forbid leaving any out.
+    def __call__(self, x: Float[Array, "B T D"], *args: Any, **kwargs: Any) -> Any:
+        """(x, *, mask=None, positions=None) -> y [B, T, D]; or (y, carry) for a mixer that carries.
 
         mask: who may see whom, as `core.attention` takes it; combined with the causal mask that a mixer built
             with causal=True adds itself.
         positions: of the tokens, [T] or [B, T] (with a trailing axis for grids); 0, 1, ... by default.
+        memory: [B, S, D], for a mixer that crosses. carry: for one that carries.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
-    def init_cache(self, batch: int, length: int, *, dtype: DTypeLike | None = None) -> PyTree[Array]:
-        """What decoding remembers: fixed-size buffers for `length` tokens of `batch` rows.
+    def init_cache(self, batch: int, length: int, *args: Any, **kwargs: Any) -> Any:
+        """(batch, length, *, dtype=None) -> what decoding remembers: buffers of fixed size for `length` tokens.
 
         Every leaf has the rows on its first axis. Mixers that cross also take `memory` [B, S, D] and
         `memory_mask` [B, S] (True where a token is real) and keep its keys and values instead.
         """
         raise NotImplementedError(f"{type(self).__name__} does not decode: it has no cache")
 
-    def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        cache: PyTree,
-        *,
-        mask: Any = None,
-        lengths: Int[Array, "B"] | None = None,
-    ) -> Any:
-        """(y, cache), or (y, cache, carry): T more tokens, seen after everything the cache holds.
+    def prefill(self, x: Float[Array, "B T D"], cache: Any, *args: Any, **kwargs: Any) -> Any:
+        """(x, cache, *, mask=None, lengths=None) -> (y, cache), or (y, cache, carry).
 
-        lengths: real tokens of right-padded rows; padding is not remembered and its outputs mean nothing.
+        T more tokens, which see everything the cache holds.
+        lengths: [B] real tokens of right-padded rows; padding is not remembered and its outputs mean nothing.
         mask: compared by position; masks that hold one entry per token are aligned with the cache's slots.
+        carry: for a mixer that carries.
         """
         raise NotImplementedError(f"{type(self).__name__} does not decode: it has no prefill")
 
-    def step(self, x: Float[Array, "B 1 D"], cache: PyTree, **kwargs: Any) -> Any:
+    def step(self, x: Float[Array, "B 1 D"], cache: Any, *args: Any, **kwargs: Any) -> Any:
         """One more token per row: `prefill` with T = 1, unless a mixer has a shorter way."""
-        return self.prefill(x, cache, **kwargs)
+        return self.prefill(x, cache, *args, **kwargs)
 
     def reorder_cache(self, cache: PyTree, rows: Int[Array, "R"]) -> PyTree:
         """The cache whose row i is row `rows[i]` of this one (beam search)."""

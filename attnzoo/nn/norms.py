@@ -1,5 +1,7 @@
 """Normalisation over features, with logical axis names."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -21,7 +23,7 @@ def norm(
 
     Statistics are float32; the scale is replicated when the model is sharded.
     """
-    options = {"epsilon": epsilon, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    options: dict[str, Any] = {"epsilon": epsilon, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     if kind == "rms":
         return nnx.RMSNorm(dim, scale_metadata=named(None), **options)
     if kind == "layer":

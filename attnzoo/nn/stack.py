@@ -37,9 +37,7 @@ class Stack(nnx.Module):
     and a carry that changes its structure from layer to layer.
     """
 
-    def __init__(
-        self, make_layer: Callable[[int], Block], num_layers: int, *, scan: bool = False, remat: str = "none"
-    ):
+    def __init__(self, make_layer: Callable[[int], Block], num_layers: int, *, scan: bool = False, remat: str = "none"):
         if num_layers < 1:
             raise ValueError(f"num_layers: must be at least 1, got {num_layers}")
         if remat not in _REMAT:
@@ -69,10 +67,7 @@ class Stack(nnx.Module):
         def init(layer: Block) -> PyTree:
             return layer.init_cache(batch, length, **kwargs)
 
-        return [
-            init(run) if size == 1 else _over_layers(init, run)
-            for size, run in zip(self.sizes, self.runs, strict=True)
-        ]
+        return [init(run) if size == 1 else _over_layers(init, run) for size, run in zip(self.sizes, self.runs, strict=True)]
 
     def prefill(
         self, x: Float[Array, "B T D"], caches: list[PyTree], **kwargs: Any
@@ -85,9 +80,7 @@ class Stack(nnx.Module):
 
         return self._run(call, x, caches, training=False)
 
-    def step(
-        self, x: Float[Array, "B 1 D"], caches: list[PyTree]
-    ) -> tuple[Float[Array, "B 1 D"], list[PyTree]]:
+    def step(self, x: Float[Array, "B 1 D"], caches: list[PyTree]) -> tuple[Float[Array, "B 1 D"], list[PyTree]]:
         """(x, caches) for one more token per row."""
 
         def call(layer: Block, x: Array, carry: PyTree, cache: PyTree) -> tuple[Array, PyTree, PyTree]:
@@ -99,15 +92,11 @@ class Stack(nnx.Module):
     def reorder_cache(self, caches: list[PyTree], rows: Int[Array, "R"]) -> list[PyTree]:
         """Row i of the result is row `rows[i]` of the caches."""
         return [
-            run.reorder_cache(cache, rows)
-            if size == 1
-            else jax.vmap(lambda one, run=run: run.reorder_cache(one, rows))(cache)
+            run.reorder_cache(cache, rows) if size == 1 else jax.vmap(lambda one, run=run: run.reorder_cache(one, rows))(cache)
             for size, run, cache in zip(self.sizes, self.runs, caches, strict=True)
         ]
 
-    def _run(
-        self, call: Call, x: Array, caches: list[PyTree], *, training: bool
-    ) -> tuple[Array, list[PyTree]]:
+    def _run(self, call: Call, x: Array, caches: list[PyTree], *, training: bool) -> tuple[Array, list[PyTree]]:
         """Applies `call` to every layer; only training rematerialises and keeps what layers wrote."""
         carry: PyTree = None
         out = []
@@ -122,12 +111,13 @@ class Stack(nnx.Module):
     def _functional(
         self, call: Call, size: int, run: Block, x: Array, carry: PyTree, cache: PyTree, training: bool
     ) -> tuple[Array, PyTree, PyTree]:
-        graphdef, params, rest = nnx.split(run, nnx.Param, ...)
+        graphdef, params, rest = nnx.split(run, nnx.Param, ...)  # type: ignore[misc]
 
-        def body(state: tuple[Array, PyTree], layer_state: tuple) -> tuple[tuple[Array, PyTree], tuple]:
+        def body(state: tuple[Array, PyTree], layer_state: Any) -> tuple[tuple[Array, PyTree], tuple]:
             params, rest, cache = layer_state
             layer = nnx.merge(graphdef, params, rest, copy=True)
-            x, carry, cache = call(layer, *state, cache)
+            x, carry = state
+            x, carry, cache = call(layer, x, carry, cache)
             return (x, carry), (nnx.state(layer, nnx.Not(nnx.Param)), cache)
 
         if training and self.remat != "none":

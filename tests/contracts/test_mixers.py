@@ -39,9 +39,7 @@ class Tower(nnx.Module):
         cls = MIXERS[key]
         count = 3 if cls.carries or cls.layered else 1
         options = {"causal": True, "rngs": nnx.Rngs(0), **options}
-        self.mixers = nnx.List(
-            [make_mixer(key, D, N, layer=i, num_layers=count, **options) for i in range(count)]
-        )
+        self.mixers = nnx.List([make_mixer(key, D, N, layer=i, num_layers=count, **options) for i in range(count)])
 
     def __call__(self, x, **kwargs):
         carry = None

@@ -26,6 +26,9 @@ class Sizes:
     value_width: int
     blocks: tuple[int, int]
 
+    def __str__(self):
+        return f"B{self.batch}-T{self.queries}-S{self.keys}-N{self.heads}-K{self.kv_heads}"
+
     @property
     def cells(self):
         return coordinates(self.batch, self.heads, self.queries, self.keys)

@@ -55,9 +55,7 @@ def test_equals_complex_multiplication():
     turn = np.exp(1j * angle)[None, :, None]
     x = np.asarray(X, np.float64)
     halves = (x[..., :8] + 1j * x[..., 8:]) * turn
-    np.testing.assert_allclose(
-        RoPE().rotate(X, POS), np.concatenate([halves.real, halves.imag], -1), atol=1e-5
-    )
+    np.testing.assert_allclose(RoPE().rotate(X, POS), np.concatenate([halves.real, halves.imag], -1), atol=1e-5)
     pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
     expected = np.stack([pairs.real, pairs.imag], -1).reshape(x.shape)
     np.testing.assert_allclose(RoPE(interleaved=True).rotate(X, POS), expected, atol=1e-5)

@@ -51,11 +51,15 @@ def check_map(z, pair, block_q, block_k):
     assert ((alone == want) | (alone == 1)).all(), (pair, alone, want)
 
 
+# 125 compositions of each of the four problems: 500 in all
+EACH = pytest.mark.parametrize("z", SIZES, ids=str)
+
+
 class TestBlockMaps:
-    @settings(max_examples=500)
-    @given(st.data())
-    def test_block_map_agrees_with_the_cells(self, data):
-        z = data.draw(st.sampled_from(SIZES))
+    @EACH
+    @settings(max_examples=125)
+    @given(data=st.data())
+    def test_block_map_agrees_with_the_cells(self, z, data):
         pair = data.draw(compositions(z))
         with jax.disable_jit():  # each case is asked once: compiling would be most of the work
             check_map(z, pair, *data.draw(st.sampled_from([z.blocks, (4, 4), (z.queries, z.keys)])))
@@ -77,10 +81,10 @@ class TestBlockMaps:
 
 
 class TestBackends:
-    @settings(max_examples=500)
-    @given(st.data())
-    def test_every_backend_agrees_with_the_oracle(self, data):
-        z = data.draw(st.sampled_from(SIZES))
+    @EACH
+    @settings(max_examples=125)
+    @given(data=st.data())
+    def test_every_backend_agrees_with_the_oracle(self, z, data):
         pair = data.draw(compositions(z))
         q, k, v = inputs(z)
         out, lse, _ = oracle(q, k, v, pair.cells)

@@ -105,7 +105,7 @@ def test_bfloat16():
     assert run(model, TOKENS).dtype == jnp.float32
     assert model.embed.table.dtype == jnp.float32
     np.testing.assert_allclose(run(model, TOKENS), run(build(), TOKENS), atol=0.2)
-    assert {leaf.dtype for leaf in jax.tree.leaves(model.init_cache(2, 8)) if leaf.ndim == 4} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.init_cache(2, 8)) if leaf.ndim == 4} == {jnp.dtype("bfloat16")}
 
 
 def test_untied_has_one_more_table():

@@ -27,7 +27,7 @@ def test_logits(positions, pool, scan):
     y = run(model, IMAGES)
     assert y.shape == (2, 5)
     assert y.dtype == jnp.float32
-    assert model.features(IMAGES).shape == (2, 6 + (pool == "class"), 16)
+    assert jax.eval_shape(lambda: model.features(IMAGES)).shape == (2, 6 + (pool == "class"), 16)
     swapped = jnp.concatenate([IMAGES[:, 4:], IMAGES[:, :4]], axis=1)  # rows of patches change places
     assert not np.allclose(run(model, swapped), y, atol=1e-4)
 

@@ -1,7 +1,7 @@
 """The claim of card 129: heads that learn their alpha become sparse, at next to no cost in quality.
 
 A 2-layer language model (D = 64, N = 4) on noisy periodic sequences of 64 tokens, 400 steps of 32 sequences with Adam,
-learned positions. Softmax against entmax with one alpha per head, all starting at 1.5. Measured: the loss on fresh
+RoPE. Softmax against entmax with one alpha per head, all starting at 1.5. Measured: the loss on fresh
 sequences; the share of causal weights that are not zero; where the alphas ended; how differently the heads of a layer
 attend (Jensen-Shannon divergence).
 """
@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from attnzoo.models.lm import DecoderLM, LMConfig
-from attnzoo.zoo.normalizers.adaptive_entmax import attention_density, head_js_diversity
+from attnzoo.zoo.normalizers.adaptive_entmax import AdaptiveEntmaxAttention, attention_density, head_js_diversity
 from train.claims import ClaimResult
 from train.claims.common import fit, mean_loss, next_token_loss, noisy_periodic
 
@@ -33,18 +33,21 @@ def batch(key: Array) -> Int[Array, "B T"]:
 
 def build(seed: int, **variant: Any) -> DecoderLM:
     """The model of one variant."""
-    config = LMConfig(vocab_size=16, dim=64, num_layers=2, num_heads=4, max_length=LENGTH, positions="learned", **variant)
+    config = LMConfig(vocab_size=16, dim=64, num_layers=2, num_heads=4, max_length=LENGTH, **variant)
     return DecoderLM(config, rngs=nnx.Rngs(seed))
 
 
 def inspect(model: DecoderLM, tokens: Int[Array, "B T"]) -> dict[str, list]:
     """Per layer of an adaptive model: its alphas, the density of its causal weights, its heads' divergence."""
-    x = model.positions(model.embed(tokens), jnp.arange(tokens.shape[1]))
-    triangle = jnp.tri(tokens.shape[1], dtype=bool)
+    tokens = tokens[:, :LENGTH]
+    x = model.positions(model.embed(tokens), jnp.arange(LENGTH))
+    triangle = jnp.tri(LENGTH, dtype=bool)
     found: dict[str, list] = {"alpha": [], "density": [], "divergence between heads (nats)": []}
     for layer in model.layers.runs:
-        weights = layer.mixer.attention_weights(layer.mixer_norm(x))
-        found["alpha"].append([round(float(a), 4) for a in layer.mixer.alpha])
+        mixer = layer.mixer
+        assert isinstance(mixer, AdaptiveEntmaxAttention)
+        weights = mixer.attention_weights(layer.mixer_norm(x))
+        found["alpha"].append([round(float(a), 4) for a in mixer.alpha])
         found["density"].append(round(float(attention_density(weights, where=triangle)), 4))
         found["divergence between heads (nats)"].append(round(float(head_js_diversity(weights).mean()), 4))
         x, _ = layer(x)

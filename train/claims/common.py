@@ -61,7 +61,7 @@ def fit(
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(warmup, steps // 4), steps)
     optimizer = optax.adam(schedule)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
 
     def step(state: tuple[nnx.State, optax.OptState], key: Array) -> tuple[tuple, Array]:
         params, opt_state = state

@@ -6,20 +6,24 @@ F = 128, 2 + 2 layers, interleaved sinusoids; Adam, 100 steps of warmup, then co
 Measured: the share of 512 fresh sequences that greedy cached decoding reverses exactly.
 """
 
+import functools
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnzoo.models.decoding import greedy
 from attnzoo.models.objectives import label_smoothed_ce
 from attnzoo.models.seq2seq import Transformer, TransformerConfig
+from train.claims import ClaimResult
+from train.claims.common import fit
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
-SYMBOLS, SHORTEST, LONGEST = 17, 6, 12
+SYMBOLS, SHORTEST, LONGEST, BATCH = 17, 6, 12, 64
 VARIANTS: dict[str, dict[str, Any]] = {
     "multi-head": {},
     "grouped (K=2)": {"num_kv_heads": 2, "cross_args": {"num_kv_heads": 2}},
@@ -57,32 +61,12 @@ def build(seed: int, **variant: Any) -> Transformer:
     return Transformer(config, rngs=nnx.Rngs(seed))
 
 
-def train(model: Transformer, seed: int, steps: int, batch: int = 64) -> Float[Array, "steps"]:
-    """Trains in place and returns the loss of every step."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 4), steps)
-    optimizer = optax.adam(schedule)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss_of(params: nnx.State, key: Array) -> Array:
-        source, target = sequences(key, batch)
-        shifted = jnp.pad(target, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
-        logits = nnx.merge(graphdef, params, rest)(source, shifted, source_mask=source != PAD)
-        return label_smoothed_ce(logits, target, smoothing=0.0, where=target != PAD)
-
-    @jax.jit
-    def run(params: nnx.State, keys: Array) -> tuple[nnx.State, Array]:
-        def step(state: tuple, key: Array) -> tuple[tuple, Array]:
-            params, opt_state = state
-            loss, gradient = jax.value_and_grad(loss_of)(params, key)
-            updates, opt_state = optimizer.update(gradient, opt_state)
-            return (optax.apply_updates(params, updates), opt_state), loss
-
-        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), keys)
-        return params, losses
-
-    params, losses = run(params, jax.random.split(jax.random.key(seed), steps))
-    nnx.update(model, params)
-    return losses
+def loss(model: Transformer, pair: tuple[Array, Array]) -> Float[Array, ""]:
+    """Mean cross-entropy of the target in nats, padding left out."""
+    source, target = pair
+    shifted = jnp.pad(target, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
+    logits = model(source, shifted, source_mask=source != PAD)
+    return label_smoothed_ce(logits, target, smoothing=0.0, where=target != PAD)
 
 
 def exact_match(model: Transformer, seed: int, count: int = 512) -> float:
@@ -94,3 +78,33 @@ def exact_match(model: Transformer, seed: int, count: int = 512) -> float:
     prompt = jnp.full((count, 1), BOS, jnp.int32)
     made = greedy(model, prompt, max_new=LONGEST + 1, cache=cache, eos_id=EOS, pad_id=PAD)
     return float((made.tokens == target).all(axis=1).mean())
+
+
+def run(seeds: Sequence[int] = (0,), quick: bool = False) -> ClaimResult:
+    """quick: a few steps, to see that it runs."""
+    start = time.perf_counter()
+    steps = 8 if quick else 1500
+    values: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    final: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for seed in seeds:
+        for name, variant in VARIANTS.items():
+            model = build(seed, **variant)
+            losses = fit(model, loss, functools.partial(sequences, batch=BATCH), steps=steps, seed=seed, warmup=100)
+            final[name].append(float(losses[-20:].mean()))
+            values[name].append(exact_match(model, seed))
+    least = {"multi-head": 0.95, "grouped (K=2)": 0.9, "multi-query": 0.9}
+    learned = all(value > limit for name, limit in least.items() for value in values[name])
+    return ClaimResult(
+        key="transformer",
+        claim=(
+            "an encoder-decoder of attention alone learns to reverse sequences exactly, with all heads of keys "
+            "and values or with fewer, and cannot without positions"
+        ),
+        metric="sequences reversed exactly by greedy decoding (share)",
+        seeds=seeds,
+        values=values,
+        margin="above 0.95 (multi-head) and 0.9 (grouped, multi-query); below 0.1 without encoder positions",
+        reproduced=learned and all(value < 0.1 for value in values["no encoder positions"]),
+        details={"steps": steps, "loss of the last 20 steps (nats)": final},
+        seconds=time.perf_counter() - start,
+    )

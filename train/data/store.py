@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,16 @@ def open_dataset(name: str, data_dir: Path | None = None) -> Dataset:
         raise ValueError(f"data set {name!r}: has no split 'train', only {', '.join(splits)}")
     held_out = next((split for split in ("validation", "test") if split in splits), None)
     parts = ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
-    train, validation = (builder.as_data_source(split=part) for part in parts)
+    with _reading(name, Path(builder.data_path)):
+        train, validation = (builder.as_data_source(split=part) for part in parts)
+        fingerprint = _fingerprint(train, validation)
     return Dataset(
         name=name,
         description=builder.info.description,
         features=builder.info.features,
         train=train,
         validation=validation,
-        fingerprint=_fingerprint(train, validation),
+        fingerprint=fingerprint,
     )
 
 
@@ -71,8 +73,14 @@ def _ours(name: str, root: Path) -> tfds.core.DatasetBuilder:
     folder = root / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         _prepare(name, folder)
-    try:
+    with _reading(name, folder):
         return BUILDERS[name](data_dir=folder, file_format="array_record")
+
+
+@contextlib.contextmanager
+def _reading(name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         raise ValueError(
             f"data set {name!r}: the prepared files in {folder} cannot be read ({_brief(error)}); "

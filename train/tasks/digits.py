@@ -120,7 +120,7 @@ class Images:
         record = self.records[int(index)]
         image = np.asarray(record["image"])
         scale = 255 if image.dtype == np.uint8 else 1
-        return {"image": image.astype(np.float32) / scale, "label": np.int32(record["label"])}
+        return {"image": image.astype(np.float32) / scale, "label": np.asarray(record["label"], np.int32)}
 
 
 def _stack(images: Images) -> Batch:

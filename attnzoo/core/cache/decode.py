@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from attnzoo.core.cache.attend import Read, cached_attention, read_kv
@@ -46,7 +47,7 @@ def prefill_compress(
     batch, length = q.shape[:2]
     if check_new(cache.payload, new, batch) != length:
         raise ValueError(f"new: expected T={length} tokens as in q {q.shape}")
-    if not isinstance(cache.seen, jax.core.Tracer) and bool(jnp.any(cache.seen > 0)):
+    if not isinstance(cache.seen, jax.core.Tracer) and np.any(np.asarray(cache.seen) > 0):
         raise ValueError("cache: prefill_compress fills an empty cache; this one has seen tokens already")
     lengths = jnp.full(batch, length, jnp.int32) if lengths is None else check_lengths(lengths, batch, length)
     heads_new = jax.tree.map(lambda x, buffer: jnp.swapaxes(x, 1, 2).astype(buffer.dtype), new, cache.payload)

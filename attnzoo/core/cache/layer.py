@@ -287,6 +287,6 @@ def check_lengths(lengths: Int[Array, "B"], batch: int, length: int) -> Int[Arra
     lengths = jnp.asarray(lengths, jnp.int32)
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape ({batch},), one per row, got {lengths.shape}")
-    if not isinstance(lengths, jax.core.Tracer) and bool(jnp.any((lengths < 0) | (lengths > length))):
+    if not isinstance(lengths, jax.core.Tracer) and np.any((np.asarray(lengths) < 0) | (np.asarray(lengths) > length)):
         raise ValueError(f"lengths: must be between 0 and the T={length} tokens given, got {lengths}")
     return jnp.clip(lengths, 0, length)

@@ -10,6 +10,7 @@ from attnzoo.core.masks.base import And, Mask, Not, Or, mask
 from attnzoo.core.masks.function import Function
 from attnzoo.core.masks.grid import Neighborhood
 from attnzoo.core.masks.positional import Causal, Dilated, Prefix, Sinks, SlidingWindow
+from attnzoo.core.masks.prefix_end import PrefixEnd
 from attnzoo.core.masks.tokens import Array, Blocks, Lengths, Segments, Stripes, TreeAncestors
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Not",
     "Or",
     "Prefix",
+    "PrefixEnd",
     "Segments",
     "Sinks",
     "SlidingWindow",

@@ -97,7 +97,7 @@ def mask(*, leaves: tuple[str, ...] = ()) -> Callable[[type], type]:
     """Class decorator: a frozen dataclass registered as a pytree, with the named fields as leaves, the others static."""
 
     def wrap(cls: type) -> type:
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=cls.__repr__ is object.__repr__)(cls)
         static = [f.name for f in dataclasses.fields(cls) if f.name not in leaves]
         return jax.tree_util.register_dataclass(cls, data_fields=list(leaves), meta_fields=static)
 

@@ -54,7 +54,10 @@ class Neighborhood(Mask):
             raise ValueError(f"Neighborhood: grid {self.shape} has {tokens} tokens, but the call has T={g.queries}, S={g.keys}")
 
     def _axes(self, xp: Any, index: Any) -> list[tuple[Any, Any, Any, int]]:
-        """Per axis, for tokens ``index``: (first visible place, one past the last, offset, step): coordinate = place·step + offset."""
+        """Per axis, for tokens ``index``: (first visible place, one past the last, offset, step).
+
+        A place p of the dilation group with this offset is the coordinate ``p·step + offset``.
+        """
         out: list[tuple[Any, Any, Any, int]] = []
         for x, k, d, causal in reversed(list(zip(self.shape, self.window, self.dilation, self.causal, strict=True))):
             i, index = index % x, index // x

@@ -26,10 +26,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from attnzoo.core.attention import attention
-from attnzoo.core.cache import LayerCache, append, cached_attention
 from attnzoo.core.entmax import Entmax, entmax, entmax15, sparsemax
-from attnzoo.nn.linear import dropout_arguments, named
+from attnzoo.nn.linear import named
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
@@ -44,9 +42,7 @@ class AdaptiveEntmaxAttention(GroupedQueryAttention):
     Raises ValueError for an init_alpha outside (1, 2).
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, *, init_alpha: float | None = None, rngs: nnx.Rngs, **options: Any
-    ):
+    def __init__(self, dim: int, num_heads: int, *, init_alpha: float | None = None, rngs: nnx.Rngs, **options: Any):
         super().__init__(dim, num_heads, rngs=rngs, **options)
         if init_alpha is None:
             r = jax.random.normal(rngs.params(), (num_heads,))
@@ -61,73 +57,11 @@ class AdaptiveEntmaxAttention(GroupedQueryAttention):
         """alpha_n = 1 + sigmoid(r_n), in [1, 2]."""
         return 1 + jax.nn.sigmoid(self.alpha_logits[...].astype(jnp.float32))
 
-    def _attend(self, x: Array, mask: Any, positions: Any, memory: Any, **options: Any) -> Any:
-        if memory is not None:
-            self._check_memory()
-        q, k, v = self.qkv(x, memory)
-        tokens = jnp.arange(x.shape[1]) if positions is None else positions
-        q, k = self._rotate(q, tokens), self._rotate(k, tokens)
-        sequence = None if positions is None or self._on_grid else positions
-        return attention(
-            q,
-            k,
-            v,
-            mask=self._mask(mask),
-            weights=Entmax(self.alpha),
-            q_positions=sequence,
-            kv_positions=sequence if memory is None else None,
-            backend=self.backend,
-            **options,
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        mask: Any = None,
-        positions: Int[Array, "..."] | None = None,
-        memory: Float[Array, "B S D"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        return self.out(self._attend(x, mask, positions, memory, **dropout_arguments(self.dropout)))
-
-    def attention_weights(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        mask: Any = None,
-        positions: Int[Array, "..."] | None = None,
-        memory: Float[Array, "B S D"] | None = None,
-    ) -> Float[Array, "B N T S"]:
-        """P_n of the same call, in float32 and before dropout, for `attention_density` and `head_js_diversity`."""
-        return self._attend(x, mask, positions, memory, return_weights=True)[1]
-
-    def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        cache: LayerCache,
-        *,
-        mask: Any = None,
-        lengths: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        positions = cache.next_positions(x.shape[1])
-        q = self._rotate(self.qkv.query(x), positions)
-        if self.causal:
-            k, v = self._rotate(self.qkv.key(x), positions), self.qkv.value(x)
-            cache = append(cache, {"k": k, "v": v}, lengths)
-        o = cached_attention(
-            q,
-            cache,
-            q_positions=positions,
-            mask=self._mask(mask),
-            weights=Entmax(self.alpha),
-            backend=self.backend,
-        )
-        return self.out(o), cache
+    def attention_arguments(self) -> dict[str, Any]:
+        return {**super().attention_arguments(), "weights": Entmax(self.alpha)}
 
 
-def tsallis_entropy(
-    p: Float[Array, "*B"], alpha: float | Float[Array, "*#B"] = 1.5, axis: int = -1
-) -> Float[Array, "..."]:
+def tsallis_entropy(p: Float[Array, "*B"], alpha: float | Float[Array, "*#B"] = 1.5, axis: int = -1) -> Float[Array, "..."]:
     """H_alpha(p) = Σ_j (p_j - p_j^alpha) / (alpha (alpha - 1)) (eq. 5); the Shannon entropy in nats at alpha = 1.
 
     p: probabilities; zeros add nothing. alpha: a number, or an array that broadcasts to p with size 1 along `axis`.

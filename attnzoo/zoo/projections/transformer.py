@@ -83,7 +83,7 @@ class GroupedQueryAttention(Mixer):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        options = {
+        options: dict[str, Any] = {
             "use_bias": use_bias,
             "kernel_init": kernel_init,
             "precision": precision,
@@ -126,13 +126,27 @@ class GroupedQueryAttention(Mixer):
         memory: Float[Array, "B S D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """memory: attend to this sequence instead of x itself; `mask` is then of T queries and S keys."""
+        return self.out(self._attend(x, mask, positions, memory, **dropout_arguments(self.dropout)))
+
+    def attention_weights(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Any = None,
+        positions: Int[Array, "..."] | None = None,
+        memory: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B N T S"]:
+        """The weights of the same call, in float32 and before dropout (needs a backend that holds them)."""
+        return self._attend(x, mask, positions, memory, return_weights=True)[1]
+
+    def _attend(self, x: Array, mask: Any, positions: Any, memory: Any, **options: Any) -> Any:
         if memory is not None:
             self._check_memory()
         q, k, v = self.qkv(x, memory)
         tokens = jnp.arange(x.shape[1]) if positions is None else positions
         q, k = self._rotate(q, tokens), self._rotate(k, tokens)
         sequence = None if positions is None or self._on_grid else positions
-        o = attention(
+        return attention(
             q,
             k,
             v,
@@ -140,9 +154,8 @@ class GroupedQueryAttention(Mixer):
             q_positions=sequence,
             kv_positions=sequence if memory is None else None,
             **self.attention_arguments(),
-            **dropout_arguments(self.dropout),
+            **options,
         )
-        return self.out(o)
 
     @property
     def _on_grid(self) -> bool:
@@ -196,9 +209,7 @@ class GroupedQueryAttention(Mixer):
         if self.causal:
             k, v = self._rotate(self.qkv.key(x), positions), self.qkv.value(x)
             cache = append(cache, {"k": k, "v": v}, lengths)
-        o = cached_attention(
-            q, cache, q_positions=positions, mask=self._mask(mask), **self.attention_arguments()
-        )
+        o = cached_attention(q, cache, q_positions=positions, mask=self._mask(mask), **self.attention_arguments())
         return self.out(o), cache
 
 

@@ -1,0 +1,93 @@
+"""Meshes: where parameters go, and that training means the same on all of them."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from attnzoo.nn.linear import axis_names, named
+from train.config import MeshConfig
+from train.sharding import AXES, RULES, make_mesh, shardings
+from train.tasks import make_task
+from train.trainer import Trainer
+
+
+def train(config, steps=3):
+    """(losses, final state) of a few steps."""
+    mesh = make_mesh(config.mesh)
+    task = make_task(config)
+    trainer = Trainer(task, config, mesh)
+    state, data = trainer.init(), iter(task.batches())
+    losses = []
+    with jax.set_mesh(mesh):
+        for _ in range(steps):
+            state, metrics = trainer.train_step(state, trainer.put(next(data)))
+            losses.append(float(metrics["loss"]))
+    score = trainer.evaluate(state, list(task.validation_batches())[:3])
+    return losses, score, state
+
+
+@pytest.fixture
+def eight(tiny, replaced):
+    return replaced(tiny, {"model.mlp_dim": 32})
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, context=2)],
+    ids=["data-fsdp-tensor", "fsdp-context"],
+)
+def test_a_mesh_does_not_change_the_loss(mesh, eight, replaced):
+    one, one_score, one_state = train(eight)
+    many, many_score, many_state = train(replaced(eight, {"mesh": mesh}))
+    np.testing.assert_allclose(many, one, rtol=2e-5)
+    assert many_score == pytest.approx(one_score, rel=2e-5)
+    for a, b in zip(jax.tree.leaves(one_state.params), jax.tree.leaves(many_state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+    kernel = many_state.params["layers"]["runs"][0]["feed_forward"]["up"]["kernel"][...]
+    assert len({str(shard.index) for shard in kernel.addressable_shards}) == mesh.fsdp * mesh.tensor
+
+
+def test_parameters_and_optimizer_state_are_divided_alike(eight):
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    trainer = Trainer(make_task(eight), eight, mesh)
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
+        for path, sharding in jax.tree_util.tree_flatten_with_path(trainer.shardings)[0]
+    }
+    kernels = {path: spec for path, spec in specs.items() if "feed_forward/up/kernel" in path}
+    assert len(kernels) == 3  # the parameter and Adam's two moments
+    assert set(kernels.values()) == {P("fsdp", "tensor")}
+    assert specs["step"] == P()
+
+
+def test_what_does_not_divide_stays_whole():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    names = named("embed", "heads", "head_dim")
+    params = {
+        "divides": nnx.Param(np.zeros((4, 8, 3)), **names),
+        "does not": nnx.Param(np.zeros((4, 6, 3)), **names),
+        "has no names": nnx.Param(np.zeros((4, 8))),
+        "twice the same": nnx.Param(np.zeros((4, 4)), **named("embed", "embed")),
+    }
+    specs = {name: jax.tree.leaves(found)[0].spec for name, found in shardings(params, mesh).items()}
+    assert specs == {
+        "divides": P("fsdp", "tensor", None),
+        "does not": P("fsdp", None, None),
+        "has no names": P(),
+        "twice the same": P("fsdp", None),
+    }
+
+
+def test_every_name_of_the_models_has_a_rule(tiny):
+    trainer = Trainer(make_task(tiny), tiny, make_mesh(MeshConfig()))
+    variables = jax.tree.leaves(trainer.abstract.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    names = {name for v in variables for name in axis_names(v)}
+    assert names - {None} <= RULES.keys()
+
+
+def test_one_device_is_the_mesh_of_ones():
+    mesh = make_mesh(MeshConfig())
+    assert mesh.size == 1
+    assert mesh.axis_names == AXES
