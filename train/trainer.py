@@ -1,6 +1,6 @@
 """The training step: model, optimizer and mesh as pure functions on a state."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +62,17 @@ def _is_matrix(params: nnx.State) -> Any:
     return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def one_at_a_time(compiled: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`compiled`, made to finish before the next call where the mesh is of several CPU devices.
+
+    Those share one pool of threads: two programs in flight, each waiting in a collective for devices that the other one
+    occupies, stop for good (and XLA then aborts the process).
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return compiled
+    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+
+
 class Trainer:
     """The compiled functions of one run. Building it runs nothing on a device.
 
@@ -76,8 +87,9 @@ class Trainer:
         self.abstract: TrainState = jax.eval_shape(self._init)
         self.shardings: TrainState = shardings(self.abstract, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
-        self.train_step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
-        self._evaluate_batch = jax.jit(self._evaluate)
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self.train_step = one_at_a_time(step, mesh)
+        self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate), mesh)
 
     def init(self) -> TrainState:
         """The state before the first step, created in place on the mesh."""

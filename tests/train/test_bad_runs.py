@@ -68,6 +68,7 @@ def test_a_checkpoint_of_another_model_names_both_shapes(copied, attnzoo):
 @pytest.mark.parametrize("left", [0, 100])
 def test_a_truncated_checkpoint(item, left, copied, refused):
     files = [p for p in (copied / CHECKPOINTS / "10" / item).rglob("*") if p.is_file()]
+    files = [p for p in files if not p.name.startswith(("_", "commit_success"))]  # notes of Orbax, never read back
     largest = max(files, key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: left if item != "data" else left // 10])
     refused(copied, "cannot be read, it is truncated or damaged", "train", "--resume", str(copied))
