@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from attnzoo.core.backends import blockwise, cudnn, dense
+from attnzoo.core.backends import blockwise, cudnn, dense, pallas
 
 #: By name, in the order in which ``backend="auto"`` prefers them where several can run a request.
-BACKENDS: dict[str, ModuleType] = {"cudnn": cudnn, "blockwise": blockwise, "dense": dense}
+BACKENDS: dict[str, ModuleType] = {"cudnn": cudnn, "pallas": pallas, "blockwise": blockwise, "dense": dense}

@@ -1,0 +1,168 @@
+"""Fused attention on TPU by the kernels of `pallas_kernels`: any elementwise mask and score, empty tiles never visited."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnzoo.core.backends.result import Result
+from attnzoo.core.blocks import FULL, PARTIAL, BlockMap, block_map
+from attnzoo.core.cells import Bound, Cells, Geometry, Operand
+from attnzoo.core.dropout import Dropout, keep_scale
+from attnzoo.core.hoist import NotElementwise, hoist, outside
+from attnzoo.core.request import Request
+from attnzoo.core.weights import Normalised, Pointwise
+
+#: Fewer queries than this leave the matrix units idle; other backends take them.
+FEWEST_QUERIES = 16
+
+
+def refusal(r: Request) -> str | None:
+    """Why this backend cannot run the request (None: it can)."""
+    from pallas_kernels.tpu import launch
+
+    if launch.generation() is None and not launch.simulated():
+        return f"it needs a TPU, and the default device is a {jax.default_backend()}"
+    if r.return_weights:
+        return "it never holds the weights that return_weights asks for"
+    if not isinstance(r.weights, Normalised | Pointwise):
+        return f"{r.weights} needs whole rows of logits at once"
+    if r.return_lse and not isinstance(r.weights, Normalised):
+        return f"{r.weights} has no log-sum-exp to return"
+    if r.q.dtype not in (jnp.float32, jnp.bfloat16) or not r.q.dtype == r.k.dtype == r.v.dtype:
+        return f"it takes float32 or bfloat16, the same for q, k and v, not {r.q.dtype}, {r.k.dtype} and {r.v.dtype}"
+    if r.geometry.queries < FEWEST_QUERIES:
+        return f"it takes at least {FEWEST_QUERIES} queries at a time, not T={r.geometry.queries}"
+    if r.block_sizes is not None and any(n % 128 for n in r.block_sizes):
+        return f"its block_sizes are multiples of 128, not {r.block_sizes}"
+    if isinstance(r.weights, Pointwise) and (found := outside(r.weights.phi)) is not None:
+        return f"{r.weights} uses {found!r}, which does not run inside a kernel"
+    return _try_plan(r)
+
+
+def _try_plan(r: Request) -> str | None:
+    from pallas_kernels.tpu import jobs
+
+    try:
+        plan = _plan(r)
+    except NotElementwise as e:
+        return str(e)
+    batch, heads, rows, columns = plan.state.shape
+    tiles = None
+    if isinstance(plan.state, np.ndarray):
+        tiles = int(np.maximum(1, (plan.state > 0).sum(-1)).sum(-1).max())
+    return jobs.refusal(batch * heads, rows, columns, tiles)
+
+
+class _Plan(NamedTuple):
+    block_q: int
+    block_k: int
+    state: Any
+    mask: Bound | None
+    score: Bound | None
+
+
+def map_of(r: Request) -> BlockMap:
+    """The block map this backend walks."""
+    block_q, block_k = _block_sizes(r)
+    return block_map(r.mask, r.geometry, block_q, block_k)
+
+
+def _block_sizes(r: Request) -> tuple[int, int]:
+    from pallas_kernels.tpu.choice import blocks
+
+    g = r.geometry
+    wanted = r.block_sizes or blocks()[:2]
+    return min(wanted[0], _round_up(g.queries)), min(wanted[1], _round_up(g.keys))
+
+
+def _round_up(n: int) -> int:
+    return -(-n // 128) * 128
+
+
+def _plan(r: Request) -> _Plan:
+    g = r.geometry
+    block_q, block_k = _block_sizes(r)
+    state = block_map(r.mask, g, block_q, block_k).state
+    if g.keys % block_k:  # the padding of the last block must be hidden
+        xp = np if isinstance(state, np.ndarray) else jnp
+        last = np.arange(state.shape[3]) == state.shape[3] - 1
+        state = xp.where(last & (state == FULL), PARTIAL, state)
+    # The mask itself is asked in partial tiles alone.
+    asks = not isinstance(state, np.ndarray) or bool((state == PARTIAL).any())
+    mask = hoist(_with_slots(r.bound_mask(), g), g, f"mask {r.mask}") if asks and _hides(r) else None
+    score = r.bound_score()
+    return _Plan(block_q, block_k, state, mask, None if score is None else hoist(score, g, "score", score=True))
+
+
+def _hides(r: Request) -> bool:
+    return r.mask is not None or r.geometry.kv_positions is not None
+
+
+def _with_slots(mask: Bound | None, g: Geometry) -> Bound:
+    """The mask, and that a key slot holds a token where keys carry positions."""
+    mask = mask or Bound((), lambda c: True)
+    if g.kv_positions is None:
+        return mask
+    return Bound(mask.operands, lambda c, *parts: jnp.asarray(mask.apply(c, *parts)) & (c.k >= 0))
+
+
+def run(r: Request) -> Result:
+    from pallas_kernels.tpu.attend import Lists, attend, column_lists
+    from pallas_kernels.tpu.choice import blocks
+    from pallas_kernels.tpu.jobs import make_jobs
+    from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out, layout_of
+
+    g, plan = r.geometry, _plan(r)
+    mask_ops, score_ops = (_operands(b) for b in (plan.mask, plan.score))
+    rows, columns = blocks()[2:]
+    problem = Problem(
+        g.batch, g.heads, g.kv_heads, g.queries, g.keys, plan.block_q, plan.block_k,
+        _divisor(plan.block_q, rows), _divisor(plan.block_k, columns),
+        None if plan.mask is None else plan.mask.apply,
+        tuple(layout_of(op.x, op.kind == "distance") for op in mask_ops),
+        None if plan.score is None else plan.score.apply,
+        tuple(layout_of(op.x, op.kind == "distance") for op in score_ops),
+        r.weights.phi if isinstance(r.weights, Pointwise) else None,
+        None if r.dropout is None else functools.partial(_keep, r.dropout.rate),
+        per_batch=plan.state.shape[0] > 1,
+        per_head=plan.state.shape[1] > 1,
+    )  # fmt: skip
+    by_column, kinds_of = column_lists(problem, plan.state)
+    lists = Lists(make_jobs(plan.state.reshape(-1, *plan.state.shape[2:])), by_column, kinds_of)
+    seed = jnp.zeros(2, jnp.int32) if r.dropout is None else lax.bitcast_convert_type(r.dropout.seed, jnp.int32)
+    scale = r.scale * LOG2E if problem.base2 else r.scale
+    q = (r.q.astype(jnp.float32) * scale).astype(r.q.dtype)
+    padded = problem.padded
+    q, k, v = (_by_heads(x, n) for x, n in ((q, padded[0]), (r.k, padded[1]), (r.v, padded[1])))
+    mask_xs = tuple(laid_out(problem, op.x, layout) for op, layout in zip(mask_ops, problem.mask_layouts, strict=True))
+    out, lse = attend(problem, q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, seed))
+    out, lse = out[:, :, : g.queries], lse[:, :, 0, : g.queries]
+    final = None
+    if problem.phi is None:
+        out, final = r.weights.finish(out, lse)
+    return Result(jnp.moveaxis(out, 1, 2), final)
+
+
+def _operands(bound: Bound | None) -> tuple[Operand, ...]:
+    return () if bound is None else bound.operands
+
+
+def _divisor(block: int, piece: int) -> int:
+    return piece if block % piece == 0 else 128
+
+
+def _keep(rate: float, seed0: Any, seed1: Any, b: Any, h: Any, t: Any, s: Any) -> Any:
+    seed: Any = (seed0.astype(jnp.uint32), seed1.astype(jnp.uint32))
+    return keep_scale(Dropout(rate, seed), Cells(b, h, t, s, t, s))
+
+
+def _by_heads(x: Any, length: int) -> Any:
+    """``[B, T, N, H] -> [B, N, length, H]``, padded with zeros."""
+    x = jnp.moveaxis(x, 2, 1)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))

@@ -1,0 +1,197 @@
+"""Flash attention on TPU: any elementwise mask and score inside the kernel, tiles that the mask empties never visited.
+
+The forward kernel has a step per tile, row by row of tiles. A step works through its tile in pieces, and starts a piece's
+first product before it turns the piece before into weights, so that the matrix units do not wait for the exponentials.
+Full tiles skip the mask. With ``G`` query heads per key head, keys and values are read, not copied, G times.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu import jobs
+from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
+from pallas_kernels.tpu.launch import launch
+from pallas_kernels.tpu.problem import (
+    HIDDEN,
+    HIDDEN_BELOW,
+    LANES,
+    LOG2E,
+    Piece,
+    Problem,
+    dot,
+    operand_spec,
+    pieces,
+    read_operand,
+    visible,
+    wide,
+)
+
+
+class Inputs(NamedTuple):
+    """Arrays of a call: ``q [B, N, T, H]`` scaled, ``k [B, K, S, H]``, ``v [B, K, S, Hv]``, padded to whole blocks; laid-out
+    operands of the score and the mask; ``seed int32 [2]``."""
+
+    q: Any
+    k: Any
+    v: Any
+    score: tuple[Any, ...]
+    mask: tuple[Any, ...]
+    seed: Any
+
+
+def row_place(p: Problem, capacity: int) -> Any:
+    """Grid (b, h, step) -> batch row, head, query block, key block."""
+
+    def place(b: Any, h: Any, step: Any, words: Any, count: Any, seed: Any) -> tuple[Any, Any, Any, Any]:
+        word = current(p, capacity, b, h, step, words, count)[0]
+        return b, h, jobs.major(word), jobs.minor(word)
+
+    return place
+
+
+def current(p: Problem, capacity: int, b: Any, h: Any, step: Any, words: Any, count: Any) -> tuple[Any, Any]:
+    """The word of a step, and whether its list reaches that far; past the end the last word stays, and nothing moves."""
+    which = p.which_list(b, h)
+    length = count[which]
+    return words[which * capacity + jnp.minimum(step, length - 1)], step < length
+
+
+def specs(p: Problem, place: Any, x: Inputs) -> tuple[list[Any], list[Any]]:
+    """Of q, k, v, and of the operands of score and mask."""
+
+    def query(*a: Any) -> tuple[Any, ...]:
+        b, h, i, _ = place(*a)
+        return b, h, i, 0
+
+    def key(*a: Any) -> tuple[Any, ...]:
+        b, h, _, j = place(*a)
+        return b, lax.div(h, p.group), j, 0
+
+    main = [
+        pl.BlockSpec((1, 1, p.block_q, x.q.shape[-1]), query),
+        pl.BlockSpec((1, 1, p.block_k, x.k.shape[-1]), key),
+        pl.BlockSpec((1, 1, p.block_k, x.v.shape[-1]), key),
+    ]
+    return main, [operand_spec(p, layout, place) for layout in (*p.score_layouts, *p.mask_layouts)]
+
+
+def logits(p: Problem, s: Any, at: Piece, b: Any, h: Any, masked: bool, score_refs: Any, mask_refs: Any) -> Any:
+    """Scored and masked; hidden cells are HIDDEN."""
+    if p.score is not None:
+        parts = [read_operand(p, ref, layout, at) for ref, layout in zip(score_refs, p.score_layouts, strict=True)]
+        s = jnp.broadcast_to(p.score(s, b, h, *at.cells(), *parts), at.shape)
+    return hide(p, s, at, b, h, mask_refs) if masked else s
+
+
+def hide(p: Problem, s: Any, at: Piece, b: Any, h: Any, mask_refs: Any) -> Any:
+    parts = [read_operand(p, ref, layout, at) for ref, layout in zip(mask_refs, p.mask_layouts, strict=True)]
+    ok = visible(p, at, b, h, parts)
+    return s if ok is None else jnp.where(ok, s, HIDDEN)
+
+
+def pointwise(p: Problem, s: Any) -> Any:
+    assert p.phi is not None
+    seen = s > HIDDEN_BELOW
+    return jnp.where(seen, p.phi(jnp.where(seen, s, 0.0)), 0.0)
+
+
+def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
+    """``out [B, N, T, Hv]`` in the type of v and ``lse [B, N, 1, T]`` float32 (natural logarithm; zeros for pointwise maps),
+    padded like the inputs. Rows that see nothing: 0 and -inf."""
+    place = row_place(p, tiles.capacity)
+    main, operands = specs(p, place, x)
+    width = x.v.shape[-1]
+
+    def query(*a: Any) -> tuple[Any, ...]:
+        b, h, i, _ = place(*a)
+        return b, h, i, 0
+
+    def statistic(*a: Any) -> tuple[Any, ...]:
+        b, h, i, _ = place(*a)
+        return b, h, 0, i
+
+    return launch(
+        functools.partial(_forward_kernel, p, tiles),
+        name="attnzoo_flash_forward",
+        scalars=(tiles.words, tiles.count, x.seed),
+        grid=(p.batch, p.heads, tiles.steps),
+        in_specs=[*main, *operands],
+        inputs=[x.q, x.k, x.v, *x.score, *x.mask],
+        out_specs=[pl.BlockSpec((1, 1, p.block_q, width), query), pl.BlockSpec((1, 1, 1, p.block_q), statistic)],
+        out_shape=[
+            jax.ShapeDtypeStruct((*x.q.shape[:3], width), x.v.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.heads, 1, x.q.shape[2]), jnp.float32),
+        ],
+        scratch=[
+            pltpu.VMEM((p.block_q, LANES), jnp.float32),
+            pltpu.VMEM((p.block_q, LANES), jnp.float32),
+            pltpu.VMEM((p.block_q, width), jnp.float32),
+        ],
+        parallel=2,
+    )
+
+
+def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, seed: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+    cut = len(p.score_layouts)
+    score_refs, mask_refs = refs[:cut], refs[cut : cut + len(p.mask_layouts)]
+    out, lse, top, total, acc = refs[cut + len(p.mask_layouts) :]
+    b, h = pl.program_id(0), pl.program_id(1)
+    word, live = current(p, tiles.capacity, b, h, pl.program_id(2), words, count)
+    exp = jnp.exp2 if p.base2 else jnp.exp
+
+    @pl.when(live & (jobs.first(word) == 1))
+    def _() -> None:
+        top[...] = jnp.full_like(top, HIDDEN)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    def product(at: Piece) -> Any:
+        return dot(q[0, 0, pl.ds(at.row, at.rows)], k[0, 0, pl.ds(at.column, at.columns)], (1, 1))
+
+    def absorb(at: Piece, s: Any, masked: bool) -> None:
+        rows = pl.ds(at.row, at.rows)
+        s = logits(p, s, at, b, h, masked, score_refs, mask_refs)
+        if p.phi is None:
+            before = top[rows]
+            now = jnp.maximum(before, s.max(-1, keepdims=True))
+            weight, shrink = exp(s - wide(now, at.columns)), exp(before - now)
+            top[rows] = now
+            total[rows] = total[rows] * shrink + weight.sum(-1, keepdims=True)
+        else:
+            weight = pointwise(p, s)
+        if p.keep is not None:
+            weight = weight * p.keep(seed[0], seed[1], b, h, *at.cells())
+        add = dot(weight.astype(v.dtype), v[0, 0, pl.ds(at.column, at.columns)], (1, 0))
+        acc[rows] = acc[rows] + add if p.phi is not None else acc[rows] * wide(shrink, add.shape[1]) + add
+
+    def tile(masked: bool) -> None:
+        work = pieces(p, jobs.major(word), jobs.minor(word), sideways=False)
+        s = product(work[0])
+        for at, following in zip(work, [*work[1:], None], strict=True):
+            ahead = None if following is None else product(following)
+            absorb(at, s, masked)
+            s = ahead
+
+    for kind in tiles.kinds & {PARTIAL, FULL}:
+        pl.when(live & (jobs.kind(word) == kind))(functools.partial(tile, kind == PARTIAL))
+
+    @pl.when(live & (jobs.last(word) == 1))
+    def _() -> None:
+        if p.phi is not None:
+            out[0, 0] = acc[...].astype(out.dtype)
+            lse[...] = jnp.zeros_like(lse)
+            return
+        seen = top[...] > HIDDEN_BELOW
+        safe = jnp.where(seen, total[...], 1.0)
+        scale = jnp.where(seen, 1.0 / safe, 0.0)
+        out[0, 0] = (acc[...] * wide(scale, acc.shape[1])).astype(out.dtype)
+        log = top[...] / LOG2E + jnp.log(safe) if p.base2 else top[...] + jnp.log(safe)
+        lse[0, 0] = jnp.where(seen, log, -jnp.inf).T[:1]

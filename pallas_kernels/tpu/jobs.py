@@ -1,0 +1,99 @@
+"""Which tiles a kernel visits, as lists of packed words in scalar memory.
+
+A word is one tile: what kind it is, whether it is the first or last of its row of tiles, and where it lies. Rows without
+tiles get one word of kind SKIP, so that every row of the result is written. The same code makes the lists before the
+program is traced (numpy states) or while it runs (JAX states).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SKIP, PARTIAL, FULL = 0, 1, 2
+_FIRST, _LAST, _MINOR, _MAJOR = 2, 3, 4, 17
+#: Blocks per axis that a word can count.
+MOST_BLOCKS = 2 ** (_MAJOR - _MINOR)
+#: Scalar memory that the lists of one kernel may take, in bytes: half of what a core has.
+MOST_BYTES = 2**19
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words", "count", "steps"], meta_fields=["capacity", "kinds"])
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+    """``words`` int32 ``[lists * capacity]`` and how many of them each list means (``count`` int32 ``[lists]``).
+
+    steps: the longest count: a Python int, or traced. kinds: the kinds of tiles that may occur.
+    """
+
+    words: Any
+    count: Any
+    steps: Any
+    capacity: int
+    kinds: frozenset[int]
+
+
+def make_jobs(state: Any) -> Jobs:
+    """The tiles of ``state [lists, major, minor]`` (0 empty, 1 partial, 2 full), row by row."""
+    xp = np if isinstance(state, np.ndarray) else jnp
+    lists, major, minor = state.shape
+    state = state.astype(np.int32)
+    visited = state != SKIP
+    column = np.arange(minor)
+    meant = visited | (~visited.any(-1, keepdims=True) & (column == 0))
+    seen = xp.cumsum(meant, axis=-1)
+    first, last = meant & (seen == 1), meant & (seen == seen[..., -1:])
+    word = (
+        state
+        | (first.astype(np.int32) << _FIRST)
+        | (last.astype(np.int32) << _LAST)
+        | (column << _MINOR)
+        | (np.arange(major)[:, None] << _MAJOR)
+    )
+    meant, word = meant.reshape(lists, -1), word.reshape(lists, -1)
+    count = meant.sum(-1).astype(np.int32)
+    order = xp.argsort(~meant, axis=-1, stable=True)
+    word = xp.take_along_axis(word, order, axis=-1).astype(np.int32)
+    if xp is np:
+        steps = int(count.max())
+        kinds = frozenset(int(k) for k in np.unique(state))
+        return Jobs(word[:, :steps].ravel(), count, steps, steps, kinds)
+    return Jobs(word.ravel(), count, count.max(), major * minor, frozenset((SKIP, PARTIAL, FULL)))
+
+
+def kind(word: Any) -> Any:
+    return word & 3
+
+
+def first(word: Any) -> Any:
+    return (word >> _FIRST) & 1
+
+
+def last(word: Any) -> Any:
+    return (word >> _LAST) & 1
+
+
+def minor(word: Any) -> Any:
+    return (word >> _MINOR) & (MOST_BLOCKS - 1)
+
+
+def major(word: Any) -> Any:
+    return word >> _MAJOR
+
+
+def refusal(lists: int, major: int, minor: int, known_tiles: int | None) -> str | None:
+    """Why lists for that many blocks cannot be held (None: they can). known_tiles: the longest list, if known."""
+    if max(major, minor) > MOST_BLOCKS:
+        return f"{major}×{minor} blocks are more than the {MOST_BLOCKS} per axis that it can count; use larger block_sizes"
+    size = 4 * lists * (major * minor if known_tiles is None else known_tiles)
+    if size > MOST_BYTES:
+        return (
+            f"its lists of tiles would take {size // 1024} KiB of scalar memory, more than {MOST_BYTES // 1024} KiB; use "
+            "larger block_sizes, or a mask that batch rows and heads share"
+        )
+    return None
