@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnzoo.core.backends import BACKENDS, blockwise
+from attnzoo.core.backends import BACKENDS
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.request import Request, make_request
 from attnzoo.core.weights import Mixture, Weights, softmax
@@ -53,8 +53,8 @@ def attention(
         dropout_rate, dropout_rng: dropout on the weights; which cells are dropped depends on the key and the cell alone.
         q_positions, kv_positions: token positions (int32, ``[T]`` or ``[*B, T]``; ``[S]``, ``[*B, S]`` or ``[*B, K, S]``)
             for masks and scores that compare positions. A key at position -1 is an empty slot that nobody sees.
-        backend: "auto", or one of "dense", "blockwise", "cudnn". :func:`explain` says what "auto" takes and why.
-        block_sizes: tile sizes (queries, keys) of "blockwise".
+        backend: "auto", or one of "dense", "blockwise", "pallas", "cudnn". :func:`explain` says what "auto" takes and why.
+        block_sizes: tile sizes (queries, keys) of "blockwise" and "pallas".
         return_lse: also return the log-sum-exp of each row, ``[*B, T, N]`` float32.
         return_weights: also return the weights, ``[*B, N, T, S]`` float32, before dropout (dense only).
 
@@ -67,7 +67,7 @@ def attention(
         TypeError: arguments of the wrong kind.
 
     Logits and statistics are float32 whatever the inputs. "dense" differentiates to any order and in forward mode;
-    "blockwise" once, in reverse mode.
+    "blockwise" and "pallas" once, in reverse mode.
     """
     request, lead = make_request(
         q, k, v, mask=mask, bias=bias, score=score, weights=weights, scale=scale, dropout_rate=dropout_rate,
@@ -162,6 +162,6 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     r = dataclasses.replace(r, weights=parts[0])
     name, reason = _choose(r, backend)
     refused = {n: why for n, m in BACKENDS.items() if (why := m.refusal(r)) is not None}
-    tiles = blockwise.map_of(r) if name == "blockwise" else None
+    tiles = BACKENDS[name].map_of(r) if hasattr(BACKENDS[name], "map_of") else None
     shown = arguments.get("weights", softmax)
     return Explanation(name, reason, refused, tiles, str(r.mask), str(r.score), str(shown))

@@ -60,7 +60,7 @@ class Geometry:
         return self.q_positions is None and self.kv_positions is None
 
 
-Kind = Literal["aligned", "distance", "whole"]
+Kind = Literal["aligned", "distance", "blocks", "whole"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,13 @@ class Operand:
 
     ``aligned``: ``[B|1, N|1, T|1, S|1]``, cut like the logits.
     ``distance``: ``[N|1, T + S - 1]``, a value for every ``t - s``; entry 0 belongs to ``t - s = 1 - S``.
+    ``blocks``: ``[B|1, N|1, ceil(T/bq), ceil(S/bk)]``, a value for every block of ``block = (bq, bk)`` cells.
     ``whole``: any shape, handed over uncut and indexed by coordinates.
     """
 
     x: Any
     kind: Kind = "whole"
+    block: tuple[int, int] | None = None
 
 
 class Bound(NamedTuple):
@@ -145,8 +147,22 @@ def cut(op: Operand, tile: Tile, keys: int) -> Array:
     """The part of ``op`` that belongs to ``tile`` (for ``distance``: the window of distances, see :func:`spread`)."""
     if op.kind == "whole":
         return op.x
+    if op.kind == "blocks":
+        return _cut_blocks(op, tile)
     start, size = operand_window(op, tile, keys)
     return op.x if size == op.x.shape else lax.dynamic_slice(op.x, start, size)
+
+
+def _cut_blocks(op: Operand, tile: Tile) -> Array:
+    assert op.block is not None
+    x = jnp.asarray(op.x)
+    for axis in (0, 1):
+        if x.shape[axis] > 1:
+            x = lax.dynamic_slice_in_dim(x, tile.start[axis], tile.size[axis], axis)
+    for axis, cells in zip((2, 3), op.block, strict=True):
+        at = lax.div(tile.start[axis] + jnp.arange(tile.size[axis], dtype=jnp.int32), jnp.int32(cells))
+        x = jnp.take(x, at, axis=axis, mode="clip")  # tiles may reach past the end
+    return x
 
 
 def spread(op: Operand, part: Array, tile: Tile) -> Array:

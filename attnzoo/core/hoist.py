@@ -65,7 +65,7 @@ class _Node:
 
 
 def hoist(bound: Bound, g: Geometry, what: str, *, score: bool = False) -> Bound:
-    """``bound`` with operands of kind "aligned" and "distance" only, and an elementwise function.
+    """``bound`` without operands of kind "whole", and with an elementwise function.
 
     The new ``apply`` takes ``(b, h, t, s, *parts)`` for masks and ``(x, b, h, t, s, *parts)`` for scores: values that
     broadcast against each other, with two axes or none. Positions have become operands.
@@ -73,6 +73,8 @@ def hoist(bound: Bound, g: Geometry, what: str, *, score: bool = False) -> Bound
     Raises NotElementwise, naming the primitive, where something depends on query and key and is not elementwise.
     """
     operands = list(bound.operands)
+    if score and any(op.kind == "blocks" for op in operands):
+        raise NotElementwise("the score carries an array by blocks, which only masks may; give it by query and key")
     count = len(operands)
     if g.q_positions is not None:
         operands.append(Operand(jnp.asarray(g.q_positions)[:, None, :, None], "aligned"))
@@ -133,6 +135,8 @@ def _deps_of(op: Operand) -> frozenset[str]:
         return frozenset(a for a, n in zip(_AXES, op.x.shape, strict=True) if n > 1)
     if op.kind == "distance":
         return frozenset("hd") if op.x.shape[0] > 1 else frozenset("d")
+    if op.kind == "blocks":
+        return frozenset("ts").union(a for a, n in zip("bh", op.x.shape, strict=False) if n > 1)
     return frozenset()
 
 

@@ -23,8 +23,8 @@ LOG2E = 1.4426950408889634
 class Layout(NamedTuple):
     """How one operand of a mask or score lies over the logits.
 
-    form: "cell" (an entry per query and key), "row", "column", "one", or "distance". per_batch, per_head: whether batch rows
-    and heads differ. boolean: whether its integers stand for bools.
+    form: "cell" (an entry per query and key), "row", "column", "one", "distance", or "tile" (an entry per tile). per_batch,
+    per_head: whether batch rows and heads differ. boolean: whether its integers stand for bools.
     """
 
     form: str
@@ -95,6 +95,11 @@ def layout_of(x: jax.ShapeDtypeStruct | jax.Array, distance: bool) -> Layout:
     return Layout(form, x.shape[0] > 1, x.shape[1] > 1, boolean)
 
 
+def layout_by_tile(x: jax.ShapeDtypeStruct | jax.Array) -> Layout:
+    """Of an operand ``[B|1, N|1, tiles down, tiles across]``."""
+    return Layout("tile", x.shape[0] > 1, x.shape[1] > 1, not jnp.issubdtype(x.dtype, jnp.floating))
+
+
 def laid_out(p: Problem, x: Any, layout: Layout) -> Any:
     """An operand as the kernels read it: padded, 32 bits wide (bools per cell: 8), long axes last."""
     rows, columns = p.padded
@@ -102,6 +107,8 @@ def laid_out(p: Problem, x: Any, layout: Layout) -> Any:
         x = x.astype(jnp.int8 if layout.form == "cell" and x.dtype == jnp.bool_ else jnp.int32)
     else:
         x = x.astype(jnp.float32)
+    if layout.form == "tile":
+        return x.reshape(*x.shape[:2], -1, 1, 1)
     if layout.form == "distance":
         # Entry 0 is t - s = 1 - S in the first copy; the second runs backwards.
         x = jnp.pad(x, ((0, 0), (columns - p.keys, rows - p.queries + 1)))
@@ -136,6 +143,13 @@ def operand_spec(p: Problem, layout: Layout, place: Place) -> pl.BlockSpec:
     if layout.form == "distance":
         rows, columns = p.padded
         return pl.BlockSpec((1, 2, rows + columns), lambda *a: (lead(place(*a))[1], 0, 0))
+    if layout.form == "tile":
+
+        def tile(*a: Any) -> tuple[Any, ...]:
+            at = place(*a)
+            return (*lead(at), at[2] * (p.padded[1] // p.block_k) + at[3], 0, 0)
+
+        return pl.BlockSpec((1, 1, 1, 1, 1), tile)
     shape, index = {
         "cell": ((p.block_q, p.block_k), lambda at: (at[2], at[3])),
         "row": ((1, p.block_q), lambda at: (0, at[2])),
@@ -189,6 +203,8 @@ def read_operand(p: Problem, ref: Any, layout: Layout, at: Piece) -> Any:
     r, c = pl.ds(at.row, at.rows), pl.ds(at.column, at.columns)
     if layout.form == "one":
         return ref[0, 0]
+    if layout.form == "tile":
+        return ref[0, 0, 0]
     if layout.form == "row":
         x = ref[0, 0, :, r]
         return x if at.sideways else upright(x)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from attnzoo.core.backends.result import Result
-from attnzoo.core.cells import Tile, all_cells, spread
+from attnzoo.core.cells import Tile, all_cells, cut, spread
 from attnzoo.core.dropout import keep_scale
 from attnzoo.core.masks.base import visible
 from attnzoo.core.request import Request
@@ -29,7 +29,9 @@ def run(r: Request) -> Result:
     s = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * r.scale
     s = s.reshape(g.batch, g.heads, g.queries, g.keys)
     if (score := r.bound_score()) is not None:
-        s = jnp.broadcast_to(score.apply(s, cells, *(spread(op, op.x, tile) for op in score.operands)), s.shape)
+        s = jnp.broadcast_to(
+            score.apply(s, cells, *(spread(op, cut(op, tile, r.geometry.keys), tile) for op in score.operands)), s.shape
+        )
     ok = ~(s <= HIDDEN)  # a NaN stays visible
     if (mask := r.bound_mask()) is not None:
         ok = ok & visible(mask, g, cells, tile)

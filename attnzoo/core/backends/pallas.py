@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -46,12 +47,15 @@ def refusal(r: Request) -> str | None:
 
 
 def _try_plan(r: Request) -> str | None:
-    from pallas_kernels.tpu import jobs
+    from pallas_kernels.tpu import jobs, launch
 
     try:
         plan = _plan(r)
     except NotElementwise as e:
         return str(e)
+    by_distance = any(op.kind == "distance" for bound in (plan.mask, plan.score) for op in _operands(bound))
+    if by_distance and launch.generation() == "v4":
+        return "TPU v4 cannot shift rows against each other, which arrays looked up by distance need"
     batch, heads, rows, columns = plan.state.shape
     tiles = None
     if isinstance(plan.state, np.ndarray):
@@ -78,7 +82,15 @@ def _block_sizes(r: Request) -> tuple[int, int]:
 
     g = r.geometry
     wanted = r.block_sizes or blocks()[:2]
-    return min(wanted[0], _round_up(g.queries)), min(wanted[1], _round_up(g.keys))
+    block_q, block_k = min(wanted[0], _round_up(g.queries)), min(wanted[1], _round_up(g.keys))
+    for op in _operands(r.bound_mask()):
+        if op.block is not None:  # a tile lies within one block
+            block_q, block_k = math.gcd(block_q, op.block[0]), math.gcd(block_k, op.block[1])
+    if block_q % 128 or block_k % 128:
+        raise NotElementwise(
+            f"the mask {r.mask} has blocks that tiles of a multiple of 128 queries and keys do not fit; choose multiples of 128"
+        )
+    return block_q, block_k
 
 
 def _round_up(n: int) -> int:
@@ -116,7 +128,7 @@ def run(r: Request) -> Result:
     from pallas_kernels.tpu.attend import Lists, attend, column_lists
     from pallas_kernels.tpu.choice import blocks
     from pallas_kernels.tpu.jobs import make_jobs
-    from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out, layout_of
+    from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out
 
     g, plan = r.geometry, _plan(r)
     mask_ops, score_ops = (_operands(b) for b in (plan.mask, plan.score))
@@ -125,9 +137,9 @@ def run(r: Request) -> Result:
         g.batch, g.heads, g.kv_heads, g.queries, g.keys, plan.block_q, plan.block_k,
         _divisor(plan.block_q, rows), _divisor(plan.block_k, columns),
         None if plan.mask is None else plan.mask.apply,
-        tuple(layout_of(op.x, op.kind == "distance") for op in mask_ops),
+        tuple(map(_layout, mask_ops)),
         None if plan.score is None else plan.score.apply,
-        tuple(layout_of(op.x, op.kind == "distance") for op in score_ops),
+        tuple(map(_layout, score_ops)),
         r.weights.phi if isinstance(r.weights, Pointwise) else None,
         None if r.dropout is None else functools.partial(_keep, r.dropout.rate),
         per_batch=plan.state.shape[0] > 1,
@@ -140,7 +152,9 @@ def run(r: Request) -> Result:
     q = (r.q.astype(jnp.float32) * scale).astype(r.q.dtype)
     padded = problem.padded
     q, k, v = (_by_heads(x, n) for x, n in ((q, padded[0]), (r.k, padded[1]), (r.v, padded[1])))
-    mask_xs = tuple(laid_out(problem, op.x, layout) for op, layout in zip(mask_ops, problem.mask_layouts, strict=True))
+    mask_xs = tuple(
+        laid_out(problem, _by_tiles(op, problem), layout) for op, layout in zip(mask_ops, problem.mask_layouts, strict=True)
+    )
     out, lse = attend(problem, q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, seed))
     out, lse = out[:, :, : g.queries], lse[:, :, 0, : g.queries]
     final = None
@@ -151,6 +165,22 @@ def run(r: Request) -> Result:
 
 def _operands(bound: Bound | None) -> tuple[Operand, ...]:
     return () if bound is None else bound.operands
+
+
+def _layout(op: Operand) -> Any:
+    from pallas_kernels.tpu.problem import layout_by_tile, layout_of
+
+    return layout_by_tile(op.x) if op.kind == "blocks" else layout_of(op.x, op.kind == "distance")
+
+
+def _by_tiles(op: Operand, p: Any) -> Any:
+    """An operand as the kernels take it: one given by blocks has an entry per tile."""
+    if op.block is None:
+        return op.x
+    x = op.x
+    for axis, length, block, tile in zip((2, 3), p.padded, op.block, (p.block_q, p.block_k), strict=True):
+        x = jnp.take(x, np.arange(length // tile) * tile // block, axis=axis, mode="clip")
+    return x
 
 
 def _divisor(block: int, piece: int) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnzoo.core.blocks import FULL, PARTIAL, BlockMap, block_map, states_by_position, states_of_runs
-from attnzoo.core.cells import Bound, Cells, Geometry, Tile, all_cells, spread, visible_slots
+from attnzoo.core.cells import Bound, Cells, Geometry, Tile, all_cells, cut, spread, visible_slots
 from attnzoo.core.intervals import Intervals
 
 
@@ -87,7 +87,7 @@ class Mask:
 
 def visible(bound: Bound, g: Geometry, cells: Cells, tile: Tile) -> jax.Array:
     """Evaluate a bound mask on the whole rectangle, empty key slots included."""
-    ok = jnp.asarray(bound.apply(cells, *(spread(op, op.x, tile) for op in bound.operands)), bool)
+    ok = jnp.asarray(bound.apply(cells, *(spread(op, cut(op, tile, g.keys), tile) for op in bound.operands)), bool)
     slots = visible_slots(g, cells)
     return ok if slots is None else ok & slots
 

@@ -155,16 +155,8 @@ class Blocks(Mask):
         return table.reshape((1,) * (4 - table.ndim) + table.shape)
 
     def bind(self, g: Geometry) -> Bound:
-        table = self._table(g)
-        per_b, per_h = (n > 1 for n in table.shape[:2])
-        rows, cols = table.shape[2] - 1, table.shape[3] - 1
-
-        def apply(c: Any, table: Any) -> Any:
-            i = jnp.minimum(lax.div(c.t, jnp.int32(self.block_q)), rows)
-            j = jnp.minimum(lax.div(c.s, jnp.int32(self.block_k)), cols)
-            return table[c.b if per_b else 0, c.h if per_h else 0, i, j]
-
-        return Bound((Operand(jnp.asarray(table), "whole"),), apply)
+        operand = Operand(jnp.asarray(self._table(g)), "blocks", (self.block_q, self.block_k))
+        return Bound((operand,), lambda c, seen: seen)
 
     def tile_states(self, g: Geometry, block_q: int, block_k: int) -> Any:
         """Exact where one block size is a multiple of the other along each axis."""

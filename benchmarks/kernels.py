@@ -1,0 +1,166 @@
+"""The final schedules of the TPU kernels, compiled here for named generations, next to JAX's own kernels.
+
+    attnzoo bench kernels
+    attnzoo bench kernels --generations v5e,v6e --block-q 512 --block-k 512
+
+Needs the TPU compiler (pip install -e ".[tpu]"), not a TPU. Every kernel is compiled for one problem; reported are the
+bundles (cycles) a tile takes between the first and the last use of the matrix units, how full these and the vector units
+are meanwhile, the bundles that the matrix products alone would take, registers spilled, and on-chip memory. Of the two
+branches of a kernel of ours, for full tiles and for tiles on the mask's border, each is compiled by itself. Writes
+results/kernels.json and docs/kernels_table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks._measure import environment
+
+RESULTS = Path(__file__).parent / "results"
+TABLE = Path(__file__).parents[1] / "docs" / "kernels_table.md"
+
+Case = tuple[Callable[..., Any], list[Any]]
+
+
+def problems(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
+    """name -> () -> (function, arguments) to compile: bf16, one batch row, two heads."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnzoo.core.attention import attention
+    from attnzoo.core.masks import Causal
+
+    block_q, block_k, width, heads = options.block_q, options.block_k, options.width, 2
+    tokens = 8 * max(block_q, block_k)
+
+    def arrays(length: int, heads_first: bool = False) -> list[Any]:
+        shape = (heads, length, width) if heads_first else (1, length, heads, width)
+        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
+
+    def ours(mask: Any, length: int, backward: bool) -> Callable[[], Case]:
+        def forward(q: Any, k: Any, v: Any) -> Any:
+            return attention(q, k, v, mask=mask, backend="pallas", block_sizes=(block_q, block_k))
+
+        def both(q: Any, k: Any, v: Any) -> Any:
+            return jax.vjp(forward, q, k, v)[1](q)
+
+        return lambda: (both if backward else forward, arrays(length))
+
+    def splash(backward: bool) -> Case:
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((tokens, tokens))] * heads)
+        sizes = splash_attention_kernel.BlockSizes(
+            block_q=block_q, block_kv=block_k, block_kv_compute=block_k, block_q_dkv=block_q, block_kv_dkv=block_k,
+            block_kv_dkv_compute=block_k, block_q_dq=block_q, block_kv_dq=block_k,
+        )  # fmt: skip
+        kernel = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
+        return (lambda q, k, v: jax.vjp(kernel, q, k, v)[1](q)) if backward else kernel, arrays(tokens, heads_first=True)
+
+    def jax_flash() -> Case:
+        from jax.experimental.pallas.ops.tpu import flash_attention
+
+        sizes = flash_attention.BlockSizes(block_q=block_q, block_k_major=block_k, block_k=block_k, block_b=1)
+        batched = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in arrays(tokens, heads_first=True)]
+        return lambda q, k, v: flash_attention.flash_attention(q, k, v, causal=True, block_sizes=sizes), batched
+
+    square = min(block_q, block_k)  # one tile, on the diagonal
+    return {
+        "attnzoo, full tiles": ours(None, tokens, True),
+        "attnzoo, causal border": ours(Causal(), square, True),
+        "splash attention": lambda: splash(True),
+        "jax flash attention": jax_flash,
+    }
+
+
+def compile_one(generation: str, name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """In this process, which must not have used a TPU compiler before."""
+    from pallas_kernels import schedule
+
+    schedule.prepare(folder)
+    f, arguments = problems(options)[name]()
+    schedule.compiled(generation, f, arguments)
+    return [dataclasses.asdict(s) for s in schedule.read(folder)]
+
+
+def compile_apart(generation: str, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """In a process of its own: the compiler reads its flags once."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.kernels", "--one", generation, name, folder]
+        for option in ("block_q", "block_k", "width"):
+            command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        if done.returncode:
+            raise RuntimeError(f"compiling {name!r} for {generation} failed:\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+_ROLES = {"forward": "forward", "fwd": "forward", "flash_attention": "forward", "dkv": "dk, dv", "dq": "dq"}
+
+
+def role(kernel: str) -> str:
+    """Which of the three kernels of attention this is, by its name."""
+    return next((role for part, role in _ROLES.items() if part in kernel), kernel)
+
+
+def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """As Markdown, ordered so that like stands next to like."""
+    lines = [
+        f"Tiles of {options.block_q} queries × {options.block_k} keys, head width {options.width}, bfloat16. Bundles per tile: "
+        "between the first and the last use of the matrix units; bound: what the matrix products alone would take.",
+        "",
+        "| TPU | kernel | pass | bundles per tile | bound | MXU | VALU | EUP | XLU | spills | VMEM, KiB |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    order = {"forward": 0, "dq": 1, "dk, dv": 2}
+    for r in sorted(rows, key=lambda r: (r["generation"], order.get(r["pass"], 3), r["problem"])):
+        use = r["use"]
+        lines.append(
+            f"| {r['generation']} | {r['problem']} | {r['pass']} | {r['hot']} | {r['bound']} | {use['MXU']:.2f} | "
+            f"{use['VALU']:.2f} | {use['EUP']:.2f} | {use['XLU']:.2f} | {r['spills']} | {r['vmem'] // 1024} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print and write; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="attnzoo bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--generations", default="v5e,v5p,v6e,7x", help="comma-separated, of v4, v5e, v5p, v6e, 7x")
+    parser.add_argument("--block-q", type=int, default=512, help="queries of a tile (default 512)")
+    parser.add_argument("--block-k", type=int, default=512, help="keys of a tile (default 512)")
+    parser.add_argument("--width", type=int, default=128, help="head width (default 128)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results (default benchmarks/results)")
+    parser.add_argument("--one", nargs=3, metavar=("GENERATION", "PROBLEM", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.one:
+        generation, name, folder = options.one
+        print(json.dumps(compile_one(generation, name, Path(folder), options)))
+        return 0
+    rows = []
+    for generation in options.generations.split(","):
+        for name in problems(options):
+            for found in compile_apart(generation, name, options):
+                rows.append({"generation": generation, "problem": name, "pass": role(found["kernel"]), **found})
+                print(f"{generation}  {name}  {rows[-1]['pass']}: {found['hot']} bundles", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    sizes = {"block_q": options.block_q, "block_k": options.block_k, "width": options.width, "dtype": "bfloat16"}
+    result = {"environment": environment(), "sizes": sizes, "rows": rows}
+    (options.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = table(rows, options)
+    TABLE.write_text(text)
+    print(f"\n{text}\nwrote {options.out / 'kernels.json'} and {TABLE}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""The fused TPU kernels through the real TPU compiler, for devices that are only described. Simulation proves no lowering."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from attnzoo.core import masks, scores, weights
+from attnzoo.core.attention import attention
+from pallas_kernels import schedule
+
+def shapes(t, n, k, h, hv=None, dtype="bfloat16", b=1, s=None):
+    of = lambda *x: jax.ShapeDtypeStruct(x, dtype)
+    return [of(b, t, n, h), of(b, s or t, k, h), of(b, s or t, k, hv or h)]
+
+def both(**arguments):
+    def loss(q, k, v, *captured):
+        made = [name for name in arguments if name in ("score", "mask") and captured]
+        given = arguments | {name: arguments[name](*captured) for name in made}
+        return (attention(q, k, v, backend="pallas", **given).astype(jnp.float32) ** 2).sum()
+    return loss
+
+def forward(**arguments):
+    return lambda q, k, v: attention(q, k, v, backend="pallas", **arguments)
+
+TABLE = jax.ShapeDtypeStruct((4, 2048), "float32")
+causal = jax.grad(both(mask=masks.Causal()), (0, 1, 2))
+CASES = {
+    **{f"head width {h}": (causal, shapes(1024, 4, 2, h)) for h in (64, 80, 96, 128, 192, 256)},
+    "float32, other value width": (causal, shapes(640, 4, 2, 128, 64, "float32", s=1000)),
+    "128k tokens": (causal, shapes(2**17, 8, 2, 128)),
+    "score by distance, query and key": (
+        jax.grad(both(score=lambda t: lambda s, b, h, q, k: s + t[h, q - k + 1024] + t[h, q] * t[h, k]), (0, 1, 2, 3)),
+        [*shapes(1024, 4, 2, 128), TABLE],
+    ),
+    "soft cap, dropout": (
+        jax.grad(both(score=scores.SoftCap(30.0), dropout_rate=0.1, dropout_rng=jax.random.key(0)), (0, 1, 2)),
+        shapes(1024, 4, 4, 128),
+    ),
+    "sigmoid weights": (jax.grad(both(weights=weights.Sigmoid(), mask=masks.Causal()), (0, 1, 2)), shapes(1024, 4, 4, 128)),
+    "an array of cells": (
+        jax.grad(both(mask=lambda m: m > 0), (0, 1, 2)),
+        [*shapes(1024, 4, 4, 128), jax.ShapeDtypeStruct((1, 1, 1024, 1024), "float32")],
+    ),
+    "blocks chosen while running": (
+        jax.grad(both(mask=lambda t: masks.Blocks(t > 0, 512, 512) & masks.Causal()), (0, 1, 2)),
+        [*shapes(4096, 4, 2, 128), jax.ShapeDtypeStruct((1, 4, 8, 8), "float32")],
+    ),
+    "positions, segments": (
+        jax.grad(
+            both(mask=lambda t: masks.Causal() & masks.Segments((t[0] > 0).astype("int32")), q_positions=np.arange(2048)),
+            (0, 1, 2),
+        ),
+        [*shapes(2048, 4, 2, 128), TABLE],
+    ),
+}
+
+generation, *names = sys.argv[1:]
+for name in names or CASES:
+    f, arguments = CASES[name]
+    text = schedule.compiled(generation, f, arguments).as_text()
+    print(json.dumps([name, [kernel for kernel in ("forward", "dq", "dkv") if f"attnzoo_flash_{kernel}" in text]]), flush=True)
+"""
+
+
+def run(program: str, *arguments: str) -> list:
+    """The lines a program prints, each JSON; a process of its own holds the compiler."""
+    pytest.importorskip("libtpu")
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    root = Path(__file__).parents[2]
+    env["PYTHONPATH"] = str(root)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=root, env=env, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_every_feature_compiles(generation):
+    lines = run(PROGRAM, generation)
+    assert len(lines) >= 14
+    for name, kernels in lines:
+        assert kernels == ["forward", "dq", "dkv"], name
+
+
+@pytest.mark.parametrize("generation", ["v4", "v5p", "7x"])
+def test_other_generations_compile(generation):
+    names = ["head width 128", "head width 80", "soft cap, dropout"]
+    if generation != "v4":  # refused there
+        names.append("score by distance, query and key")
+    assert [name for name, _ in run(PROGRAM, generation, *names)] == names
