@@ -20,7 +20,7 @@ from train.config import Config
 from train.metrics import Metrics, plot_run, read_metrics, write_atomically
 from train.progress import RunDisplay, print_header
 from train.rundir import CHECKPOINTS, About, new_run, open_run
-from train.sharding import check_batch, make_mesh
+from train.sharding import check_batch, make_mesh, on_mesh
 from train.tasks import Task, make_task
 from train.trainer import Trainer, TrainState, learning_rate
 
@@ -110,7 +110,7 @@ class _Run:
     def to_the_end(self, interrupted: Callable[[], bool]) -> None:
         config, steps = self.config, self.config.steps
         display = RunDisplay(self.console, steps=steps, start=self.step, unit=self.task.unit)
-        with display, jax.set_mesh(self.trainer.mesh):
+        with display, on_mesh(self.trainer.mesh):
             clock = time.monotonic()
             while self.step < steps and not interrupted():
                 batch = self.trainer.put(next(self.data))

@@ -1,7 +1,9 @@
 """From logical axis names to a mesh."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from attnzoo.core.sharding import attention_axes
 from attnzoo.nn.linear import axis_names
 from train.config import MeshConfig
 
@@ -42,6 +45,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"single device"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Trace and run on the mesh; attention's kernels learn how it divides batch rows and heads."""
+    with jax.set_mesh(mesh), attention_axes(batch=("data", "fsdp"), heads="tensor"):
+        yield
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

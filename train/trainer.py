@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from attnzoo.nn.linear import axis_names
 from train.config import Config
-from train.sharding import put_batch, shardings
+from train.sharding import on_mesh, put_batch, shardings
 from train.tasks.base import Batch, Task
 
 
@@ -93,7 +93,7 @@ class Trainer:
 
     def init(self) -> TrainState:
         """The state before the first step, created in place on the mesh."""
-        with jax.set_mesh(self.mesh):
+        with on_mesh(self.mesh):
             return jax.jit(self._init, out_shardings=self.shardings)()
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
@@ -101,7 +101,7 @@ class Trainer:
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's validation metrics over all batches."""
-        with jax.set_mesh(self.mesh):
+        with on_mesh(self.mesh):
             sums = [self._evaluate_batch(state, self.put(batch)) for batch in batches]
         totals = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums))
         return self.task.score(totals)

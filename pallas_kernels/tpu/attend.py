@@ -53,9 +53,9 @@ def column_lists(p: Problem, state: Any) -> tuple[Jobs, Any]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, Any]:
     """``out [B, N, T, Hv]``, ``lse [B, N, 1, T]`` of padded inputs; ``score`` operands as the caller holds them, rest =
-    (lists, laid-out mask operands, seed)."""
-    lists, mask, seed = rest
-    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, seed))
+    (lists, laid-out mask operands, call)."""
+    lists, mask, call = rest
+    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call))
 
 
 def _laid(p: Problem, score: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -69,9 +69,9 @@ def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], 
 
 def _attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any:
     q, k, v, score, rest, out, lse = saved
-    lists, mask, seed = rest
+    lists, mask, call = rest
     d_out, d_lse = cotangents
-    x = Inputs(q, k, v, _laid(p, score), mask, seed)
+    x = Inputs(q, k, v, _laid(p, score), mask, call)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)[:, :, None] - d_lse
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))
     d_out = d_out.astype(v.dtype)

@@ -37,20 +37,21 @@ from pallas_kernels.tpu.problem import (
 
 class Inputs(NamedTuple):
     """Arrays of a call: ``q [B, N, T, H]`` scaled, ``k [B, K, S, H]``, ``v [B, K, S, Hv]``, padded to whole blocks; laid-out
-    operands of the score and the mask; ``seed int32 [2]``."""
+    operands of the score and the mask; ``call int32 [4]``: two words of the dropout seed, and the batch row and head at which
+    these arrays begin, for masks and scores that ask."""
 
     q: Any
     k: Any
     v: Any
     score: tuple[Any, ...]
     mask: tuple[Any, ...]
-    seed: Any
+    call: Any
 
 
 def row_place(p: Problem, capacity: int) -> Any:
     """Grid (b, h, step) -> batch row, head, query block, key block."""
 
-    def place(b: Any, h: Any, step: Any, words: Any, count: Any, seed: Any) -> tuple[Any, Any, Any, Any]:
+    def place(b: Any, h: Any, step: Any, words: Any, count: Any, call: Any) -> tuple[Any, Any, Any, Any]:
         word = current(p, capacity, b, h, step, words, count)[0]
         return b, h, jobs.major(word), jobs.minor(word)
 
@@ -121,7 +122,7 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
     return launch(
         functools.partial(_forward_kernel, p, tiles),
         name="attnzoo_flash_forward",
-        scalars=(tiles.words, tiles.count, x.seed),
+        scalars=(tiles.words, tiles.count, x.call),
         grid=(p.batch, p.heads, tiles.steps),
         in_specs=[*main, *operands],
         inputs=[x.q, x.k, x.v, *x.score, *x.mask],
@@ -139,12 +140,13 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
     )
 
 
-def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, seed: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
     cut = len(p.score_layouts)
     score_refs, mask_refs = refs[:cut], refs[cut : cut + len(p.mask_layouts)]
     out, lse, top, total, acc = refs[cut + len(p.mask_layouts) :]
     b, h = pl.program_id(0), pl.program_id(1)
     word, live = current(p, tiles.capacity, b, h, pl.program_id(2), words, count)
+    here = b + call[2], h + call[3]
     exp = jnp.exp2 if p.base2 else jnp.exp
 
     @pl.when(live & (jobs.first(word) == 1))
@@ -158,7 +160,7 @@ def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, seed: Any, 
 
     def absorb(at: Piece, s: Any, masked: bool) -> None:
         rows = pl.ds(at.row, at.rows)
-        s = logits(p, s, at, b, h, masked, score_refs, mask_refs)
+        s = logits(p, s, at, *here, masked, score_refs, mask_refs)
         if p.phi is None:
             before = top[rows]
             now = jnp.maximum(before, s.max(-1, keepdims=True))
@@ -168,7 +170,7 @@ def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, seed: Any, 
         else:
             weight = pointwise(p, s)
         if p.keep is not None:
-            weight = weight * p.keep(seed[0], seed[1], b, h, *at.cells())
+            weight = weight * p.keep(call[0], call[1], *here, *at.cells())
         add = dot(weight.astype(v.dtype), v[0, 0, pl.ds(at.column, at.columns)], (1, 0))
         acc[rows] = acc[rows] + add if p.phi is not None else acc[rows] * wide(shrink, add.shape[1]) + add
 

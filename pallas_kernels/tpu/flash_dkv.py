@@ -54,7 +54,7 @@ def keys_gradient(
 
     mine = [n for n, (layout, d) in enumerate(zip(p.score_layouts, p.differentiable, strict=True))
             if d and layout.form == "column"]  # fmt: skip
-    scalars = (tiles.words, tiles.count, x.seed) + (() if kinds_of is None else (kinds_of,))
+    scalars = (tiles.words, tiles.count, x.call) + (() if kinds_of is None else (kinds_of,))
     outs = launch(
         functools.partial(_dkv_kernel, p, tiles, mine, which, kinds_of is not None),
         name="attnzoo_flash_dkv",
@@ -84,7 +84,7 @@ def keys_gradient(
     return outs[0], outs[1], dict(zip(mine, outs[2:], strict=True))
 
 
-def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: bool, words: Any, count: Any, seed: Any,
+def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: bool, words: Any, count: Any, call: Any,
                 *refs: Any) -> None:  # fmt: skip
     kinds_of, refs = (refs[0], refs[1:]) if by_head else (None, refs)
     q, k, v, do, norm, delta, *refs = refs  # type: ignore[assignment]
@@ -93,7 +93,7 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
     dk, dv, *rest = refs[both:]
     grads, (dk_acc, dv_acc, *sums) = rest[: len(mine)], rest[len(mine) :]
     b, kh, step, g = (pl.program_id(n) for n in range(4))
-    h = kh * p.group + g
+    here = b + call[2], kh * p.group + g + call[3]
     length = count[which(b, kh)]
     at_word = which(b, kh) * tiles.capacity + jnp.minimum(step, length - 1)
     word, live = words[at_word], step < length
@@ -112,9 +112,9 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
 
     def absorb(at: Piece, s: Any, dw: Any, masked: bool) -> None:
         rows, columns = pl.ds(at.row, at.rows), pl.ds(at.column, at.columns)
-        weight, pull = weights_again(p, s, at, norm[0, 0, :, rows], b, h, masked, (score_refs, mask_refs))
+        weight, pull = weights_again(p, s, at, norm[0, 0, :, rows], *here, masked, (score_refs, mask_refs))
         if p.keep is not None:
-            keep = p.keep(seed[0], seed[1], b, h, *at.cells())
+            keep = p.keep(call[0], call[1], *here, *at.cells())
             dw, weight = dw * keep, weight * keep
         dv_acc[columns] += dot(weight.astype(do.dtype), do[0, 0, rows], (1, 0))
         ds, d_parts = pull(dw, delta[0, 0, :, rows])

@@ -41,7 +41,7 @@ def queries_gradient(p: Problem, tiles: Jobs, x: Inputs, d_out: Any, norm: Any, 
     outs = launch(
         functools.partial(_dq_kernel, p, tiles, mine),
         name="attnzoo_flash_dq",
-        scalars=(tiles.words, tiles.count, x.seed),
+        scalars=(tiles.words, tiles.count, x.call),
         grid=(p.batch, p.heads, tiles.steps),
         in_specs=[
             *main,
@@ -100,7 +100,7 @@ def _gradient_spec(p: Problem, layout: Any, place: Any, shape: tuple[int, ...]) 
 
 
 def _dq_kernel(
-    p: Problem, tiles: Jobs, mine: list[int], words: Any, count: Any, seed: Any, q: Any, k: Any, v: Any, do: Any, norm: Any,
+    p: Problem, tiles: Jobs, mine: list[int], words: Any, count: Any, call: Any, q: Any, k: Any, v: Any, do: Any, norm: Any,
     delta: Any, *refs: Any,
 ) -> None:  # fmt: skip
     cut, both = len(p.score_layouts), len(p.score_layouts) + len(p.mask_layouts)
@@ -112,6 +112,7 @@ def _dq_kernel(
     sum_of = [next(sums) if form == "row" else None for form in forms]
     b, h, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     word, live = current(p, tiles.capacity, b, h, step, words, count)
+    here = b + call[2], h + call[3]
 
     @pl.when(step == 0)
     def _() -> None:
@@ -133,9 +134,9 @@ def _dq_kernel(
 
     def absorb(at: Piece, s: Any, dw: Any, masked: bool) -> None:
         rows, columns = pl.ds(at.row, at.rows), pl.ds(at.column, at.columns)
-        _, pull = weights_again(p, s, at, wide(norms[rows], at.columns), b, h, masked, (score_refs, mask_refs))
+        _, pull = weights_again(p, s, at, wide(norms[rows], at.columns), *here, masked, (score_refs, mask_refs))
         if p.keep is not None:
-            dw = dw * p.keep(seed[0], seed[1], b, h, *at.cells())
+            dw = dw * p.keep(call[0], call[1], *here, *at.cells())
         ds, d_parts = pull(dw, wide(deltas[rows], at.columns))
         acc[rows] += dot(ds.astype(k.dtype), k[0, 0, columns], (1, 0))
         given = dict(zip([n for n, d in enumerate(p.differentiable) if d], d_parts, strict=True)) if d_parts else {}

@@ -100,3 +100,41 @@ def test_other_generations_compile(generation):
     if generation != "v4":  # refused there
         names.append("score by distance, query and key")
     assert [name for name, _ in run(PROGRAM, generation, *names)] == names
+
+
+SHARDED = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from attnzoo.core import masks
+from attnzoo.core.attention import attention
+from attnzoo.core.sharding import attention_axes
+from pallas_kernels import schedule
+from pallas_kernels.tpu.launch import compiling_for
+
+generation, topology, data, tensor = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+devices = np.array(schedule.devices(generation, topology)).reshape(data, tensor)
+mesh = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+where = NamedSharding(mesh, P("data", None, "tensor"))
+q, k, v = (jax.ShapeDtypeStruct((data, 2048, n * tensor, 128), "bfloat16", sharding=where) for n in (2, 1, 1))
+
+def loss(q, k, v):
+    return (attention(q, k, v, mask=masks.Causal(), backend="pallas").astype(jnp.float32) ** 2).sum()
+
+with jax.set_mesh(mesh), attention_axes(batch="data", heads="tensor"), compiling_for(generation):
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("tpu",)).compile().as_text()
+found = ["attnzoo_flash_dkv" in text, "all-gather" in text, "all-to-all" in text]
+print(json.dumps([topology, found]), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("generation", "topology", "data", "tensor"),
+    [("v5e", "v5e:2x2", 2, 2), ("v6e", "v6e:2x2", 1, 4), ("v5e", "v5e:16x16", 32, 8)],
+)
+def test_divided_over_a_mesh(generation, topology, data, tensor):
+    """Kernels run on each device's rows and heads, and no keys or values move."""
+    ((_, (kernels, gathered, exchanged)),) = run(SHARDED, generation, topology, str(data), str(tensor))
+    assert kernels
+    assert not gathered
+    assert not exchanged

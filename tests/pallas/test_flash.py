@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from attnzoo.core import masks, scores, weights
 from attnzoo.core.attention import attention, explain
 from attnzoo.core.cells import Geometry, all_cells
 from attnzoo.core.dropout import Dropout, dropout_seed, keep_scale
+from attnzoo.core.sharding import attention_axes
 from pallas_kernels.tpu.launch import compiling_for, simulation
 from tests.core.oracle import oracle
 
@@ -307,3 +309,35 @@ def test_random_compositions(seed):
 @pytest.mark.parametrize("seed", range(20, 200))
 def test_more_random_compositions(seed):
     _check_composition(seed)
+
+
+def test_divided_over_a_mesh():
+    """Rows and heads on devices of their own: the same numbers, dropout and masks that ask for row and head included.
+
+    Forward only: the simulator waits for all devices at every kernel, and devices order the two backward kernels freely.
+    """
+    case = Case(
+        (2, 150, 150, 4, 2, 8, 8),
+        {
+            "mask": lambda b, h, q, k: k <= q + 20 * b + 10 * h,
+            "score": scores.ALiBi.for_heads(4),
+            "dropout_rate": 0.3,
+            "dropout_rng": jax.random.key(1),
+        },
+    )
+    arrays = [jnp.asarray(x) for x in case.arrays()]
+    expected = attention(*arrays, backend="dense", **case.arguments)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with simulation(), jax.set_mesh(mesh), attention_axes(batch="data", heads="tensor"):
+        got = jax.block_until_ready(jax.jit(lambda *x: attention(*x, backend="pallas", **case.arguments))(*arrays))
+    np.testing.assert_allclose(got, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_mesh_without_a_rule_is_an_error():
+    x = jnp.zeros((2, 64, 2, 8))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with simulation(), jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=r"attention_axes\(batch"):
+            attention(x, x, x, backend="pallas")
+        with attention_axes(heads=("data", "tensor")), pytest.raises(ValueError, match="2 key/value heads do not divide"):
+            attention(x, x, x, backend="pallas")

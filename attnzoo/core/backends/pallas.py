@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import FULL, PARTIAL, BlockMap, block_map
@@ -17,6 +19,7 @@ from attnzoo.core.cells import Bound, Cells, Geometry, Operand
 from attnzoo.core.dropout import Dropout, keep_scale
 from attnzoo.core.hoist import NotElementwise, hoist, outside
 from attnzoo.core.request import Request
+from attnzoo.core.sharding import Axes, division
 from attnzoo.core.weights import Normalised, Pointwise
 
 #: Fewer queries than this leave the matrix units idle; other backends take them.
@@ -124,17 +127,90 @@ def _with_slots(mask: Bound | None, g: Geometry) -> Bound:
     return Bound(mask.operands, lambda c, *parts: jnp.asarray(mask.apply(c, *parts)) & (c.k >= 0))
 
 
+class _Arrays(NamedTuple):
+    """What a device needs of a call; ``state`` is None where it is the same for all and known. offset: batch row and head at
+    which the device's part begins."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: tuple[Any, ...]
+    score: tuple[Any, ...]
+    state: Any
+    seed: Any
+    offset: Any
+
+
 def run(r: Request) -> Result:
+    from pallas_kernels.tpu.problem import LOG2E
+
+    plan = _plan(r)
+    seed = jnp.zeros(2, jnp.int32) if r.dropout is None else lax.bitcast_convert_type(r.dropout.seed, jnp.int32)
+    same = isinstance(plan.state, np.ndarray) and plan.state.shape[:2] == (1, 1)
+    arrays = _Arrays(
+        (r.q.astype(jnp.float32) * r.scale * (LOG2E if _base2(r, plan) else 1.0)).astype(r.q.dtype),
+        r.k,
+        r.v,
+        tuple(jnp.asarray(op.x) for op in _operands(plan.mask)),
+        tuple(jnp.asarray(op.x) for op in _operands(plan.score)),
+        None if same else plan.state,
+        seed,
+        jnp.zeros(2, jnp.int32),
+    )
+    divided = division(r.geometry)
+    out, lse = _local(r, plan, arrays) if divided is None else _on_mesh(r, plan, arrays, *divided)
+    final = None
+    if isinstance(r.weights, Normalised):
+        out, final = r.weights.finish(out, lse)
+    return Result(jnp.moveaxis(out, 1, 2), final)
+
+
+def _base2(r: Request, plan: _Plan) -> bool:
+    return plan.score is None and not isinstance(r.weights, Pointwise)
+
+
+def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) -> tuple[Any, Any]:
+    """Each device computes its own batch rows and heads; nothing is communicated."""
+    b, h = axes.batch or None, axes.heads or None
+
+    def spec(x: Any, kind: str = "aligned") -> P:
+        if kind == "distance":
+            return P(h if x.shape[0] > 1 else None)
+        return P(b if x.shape[0] > 1 else None, h if x.shape[1] > 1 else None)
+
+    def specs(bound: Bound | None) -> tuple[P, ...]:
+        return tuple(spec(op.x, op.kind) for op in _operands(bound))
+
+    state = None if arrays.state is None else jnp.asarray(arrays.state)
+    tokens = P(b, None, h)
+    given = _Arrays(
+        tokens, tokens, tokens, specs(plan.mask), specs(plan.score), None if state is None else spec(state), P(), P()
+    )
+
+    def local(arrays: _Arrays) -> tuple[Any, Any]:
+        rows, _, heads, _ = arrays.q.shape
+        start = [lax.axis_index(names) * n if names else 0 for names, n in ((b, rows), (h, heads))]
+        return _local(r, plan, arrays._replace(offset=jnp.asarray(start, jnp.int32)))
+
+    divided = jax.shard_map(local, mesh=mesh, in_specs=(given,), out_specs=(P(b, h), P(b, h)), check_vma=False)
+    return divided(arrays._replace(state=state))
+
+
+def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
+    """``out [B, N, T, Hv]`` and ``lse [B, N, T]`` of the rows and heads that are here."""
     from pallas_kernels.tpu.attend import Lists, attend, column_lists
     from pallas_kernels.tpu.choice import blocks
     from pallas_kernels.tpu.jobs import make_jobs
-    from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out
+    from pallas_kernels.tpu.problem import Problem, laid_out
 
-    g, plan = r.geometry, _plan(r)
-    mask_ops, score_ops = (_operands(b) for b in (plan.mask, plan.score))
+    state = plan.state if x.state is None else x.state
+    mask_ops, score_ops = (
+        tuple(dataclasses.replace(op, x=here) for op, here in zip(_operands(bound), xs, strict=True))
+        for bound, xs in ((plan.mask, x.mask), (plan.score, x.score))
+    )
     rows, columns = blocks()[2:]
     problem = Problem(
-        g.batch, g.heads, g.kv_heads, g.queries, g.keys, plan.block_q, plan.block_k,
+        x.q.shape[0], x.q.shape[2], x.k.shape[2], r.geometry.queries, r.geometry.keys, plan.block_q, plan.block_k,
         _divisor(plan.block_q, rows), _divisor(plan.block_k, columns),
         None if plan.mask is None else plan.mask.apply,
         tuple(map(_layout, mask_ops)),
@@ -142,25 +218,18 @@ def run(r: Request) -> Result:
         tuple(map(_layout, score_ops)),
         r.weights.phi if isinstance(r.weights, Pointwise) else None,
         None if r.dropout is None else functools.partial(_keep, r.dropout.rate),
-        per_batch=plan.state.shape[0] > 1,
-        per_head=plan.state.shape[1] > 1,
+        per_batch=state.shape[0] > 1,
+        per_head=state.shape[1] > 1,
     )  # fmt: skip
-    by_column, kinds_of = column_lists(problem, plan.state)
-    lists = Lists(make_jobs(plan.state.reshape(-1, *plan.state.shape[2:])), by_column, kinds_of)
-    seed = jnp.zeros(2, jnp.int32) if r.dropout is None else lax.bitcast_convert_type(r.dropout.seed, jnp.int32)
-    scale = r.scale * LOG2E if problem.base2 else r.scale
-    q = (r.q.astype(jnp.float32) * scale).astype(r.q.dtype)
+    by_column, kinds_of = column_lists(problem, state)
+    lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:])), by_column, kinds_of)
     padded = problem.padded
-    q, k, v = (_by_heads(x, n) for x, n in ((q, padded[0]), (r.k, padded[1]), (r.v, padded[1])))
-    mask_xs = tuple(
-        laid_out(problem, _by_tiles(op, problem), layout) for op, layout in zip(mask_ops, problem.mask_layouts, strict=True)
-    )
-    out, lse = attend(problem, q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, seed))
-    out, lse = out[:, :, : g.queries], lse[:, :, 0, : g.queries]
-    final = None
-    if problem.phi is None:
-        out, final = r.weights.finish(out, lse)
-    return Result(jnp.moveaxis(out, 1, 2), final)
+    q, k, v = (_by_heads(a, n) for a, n in ((x.q, padded[0]), (x.k, padded[1]), (x.v, padded[1])))
+    by_tile = (_by_tiles(op, problem) for op in mask_ops)
+    mask_xs = tuple(laid_out(problem, a, layout) for a, layout in zip(by_tile, problem.mask_layouts, strict=True))
+    call = jnp.concatenate([x.seed, x.offset])
+    out, lse = attend(problem, q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, call))
+    return out[:, :, : problem.queries], lse[:, :, 0, : problem.queries]
 
 
 def _operands(bound: Bound | None) -> tuple[Operand, ...]:
