@@ -75,7 +75,8 @@ def leaderboard() -> str:
     for row in rows:
         equal, small = row["equal_parameters"], row["equal_cache"]
         score, step, token, cache = _measured(equal)
-        cells = [f"`{row['mixer']}`", score, step, token, cache]
+        learned = ", learned positions" * (row["positions"] != model["positions"])
+        cells = [f"`{row['mixer']}`{learned}", score, step, token, cache]
         if small is None:
             cells += ["", "", "", row["reason"]]
         else:

@@ -52,14 +52,19 @@ def test_a_leaderboard_becomes_a_table(generate, tmp_path, monkeypatch):
         "suite": {
             "config": {
                 "mixer": "transformer", "steps": 300, "batch": 8, "data": {"name": "topics", "context": 128},
-                "model": {"num_layers": 3, "dim": 64, "num_heads": 4},
+                "model": {"num_layers": 3, "dim": 64, "num_heads": 4, "positions": "rope"},
             },
             "seeds": [0, 1], "cache_share": 0.25, "decode_length": 1024, "decode_batch": 8,
         },
         "metric": "bits per byte", "baselines": {"bigram": 3.7}, "cache_budget": 384.0, "seconds": 1230.0,
         "entries": [
-            {"mixer": "transformer", "equal_parameters": equal, "equal_cache": small, "reason": ""},
-            {"mixer": "mlp", "equal_parameters": stateless, "equal_cache": None, "reason": "it does not decode"},
+            {
+                "mixer": "transformer", "equal_parameters": equal, "equal_cache": small, "reason": "", "positions": "rope",
+            },
+            {
+                "mixer": "mlp", "equal_parameters": stateless, "equal_cache": None, "reason": "it does not decode",
+                "positions": "learned",
+            },
         ],
         "skipped": {"odd": "takes no such model"},
         "environment": {"cores": 2, "machine": "x86_64", "python": "3.11", "jax": "0.10.2", "flax": "0.12.8"},
@@ -67,7 +72,7 @@ def test_a_leaderboard_becomes_a_table(generate, tmp_path, monkeypatch):
     generate.BOARD.write_text(json.dumps(board))
     page = generate.leaderboard()
     assert "| `transformer` | 2.600 | 30.3 | 1.25 | 1,536 | 2.800 | 1.25 | 384 | `num_kv_heads=1` |" in page
-    assert "| `mlp` | 2.600 | 30.3 |  |  |  |  |  | it does not decode |" in page
+    assert "| `mlp`, learned positions | 2.600 | 30.3 |  |  |  |  |  | it does not decode |" in page
     assert "`odd` is left out: takes no such model" in page
     assert "25% of what `transformer` takes" in page
     assert "in 20 minutes on 2 CPU cores" in page

@@ -100,12 +100,14 @@ class Entry:
     """One row: a mixer, and what it came to with equal parameters, and with an equal cache too.
 
     equal_cache: None where the mixer cannot have it, for `reason`.
+    positions: of the model; "learned" where the mixer takes none of the suite's.
     """
 
     mixer: str
     equal_parameters: Measured
     equal_cache: Measured | None
     reason: str = ""
+    positions: str = "rope"
 
 
 @dataclass(frozen=True)
@@ -187,15 +189,28 @@ def run_suite(suite: Suite, mixers: str, folder: Path, console: Console) -> Lead
 
 def measure_entry(suite: Suite, label: str, plan: Config, budget: int, cache_budget: float) -> Entry:
     """One mixer on both axes. Raises ValueError where it cannot have `budget` parameters."""
-    equal = measure(suite, with_parameters(plan, budget))
+    plan = with_positions(plan)
+    equal, small, reason = measure(suite, with_parameters(plan, budget)), None, ""
     try:
         settings = settings_within(plan, cache_budget)
-        if not settings:  # small enough as it is
-            return Entry(label, equal, equal)
-        smaller = with_parameters(_with_settings(plan, settings), budget)
-        return Entry(label, equal, dataclasses.replace(measure(suite, smaller), settings=settings))
+        small = equal  # small enough as it is, if there is nothing to set
+        if settings:
+            smaller = with_parameters(_with_settings(plan, settings), budget)
+            small = dataclasses.replace(measure(suite, smaller), settings=settings)
     except ValueError as error:
-        return Entry(label, equal, None, str(error))
+        reason = str(error)
+    return Entry(label, equal, small, reason, plan.model.positions)
+
+
+def with_positions(plan: Config) -> Config:
+    """The plan, with learned positions added to the tokens where the mixer refuses to have its keys rotated."""
+    try:
+        parameters(plan)
+        return plan
+    except ValueError:
+        learned = dataclasses.replace(plan, model=dataclasses.replace(plan.model, positions="learned"))
+        parameters(learned)  # whatever else is wrong is raised from here
+        return learned
 
 
 def settings_within(plan: Config, cache_budget: float) -> dict[str, int]:
@@ -333,7 +348,8 @@ def table(board: Leaderboard) -> Table:
     for name in ("mixer", "score", "ms/step", "ms/token", "cache B"):
         shown.add_column(name, justify="left" if name == "mixer" else "right")
     for entry in board.entries:
-        shown.add_row(entry.mixer, *cells(entry.equal_parameters))
+        learned = ", learned positions" * (entry.positions != suite.config.model.positions)
+        shown.add_row(entry.mixer + learned, *cells(entry.equal_parameters))
         if entry.equal_cache is not None and entry.equal_cache.settings:
             settings = ", ".join(f"{name}={value}" for name, value in entry.equal_cache.settings.items())
             shown.add_row(f"  {settings}", *cells(entry.equal_cache), style="dim")

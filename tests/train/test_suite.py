@@ -1,6 +1,7 @@
 """Leaderboards: every mixer on the same ground, at equal parameters and at an equal cache."""
 
 import dataclasses
+import io
 import json
 import math
 
@@ -23,6 +24,7 @@ from train.suite import (
     suite_named,
     table,
     train_once,
+    with_positions,
 )
 
 
@@ -76,6 +78,23 @@ def test_mixers_that_do_not_decode(small, monkeypatch):
     assert cache_bytes(small.config) is None
     with pytest.raises(ValueError, match="does not decode"):
         settings_within(small.config, 64)
+
+
+def test_mixers_that_refuse_rotation_get_learned_positions(small, monkeypatch):
+    cls = catalog.mixer("transformer")
+    build = cls.__init__
+
+    def refusing(self, *args, positions=None, **kwargs):
+        if positions is not None:
+            raise ValueError("positions: cannot rotate keys")
+        build(self, *args, positions=positions, **kwargs)
+
+    assert with_positions(small.config) == small.config
+    monkeypatch.setattr(cls, "__init__", refusing)
+    assert with_positions(small.config).model.positions == "learned"
+    wrong = dataclasses.replace(small.config, model=dataclasses.replace(small.config.model, num_heads=5))
+    with pytest.raises(ValueError, match="5 heads"):
+        with_positions(wrong)
 
 
 def test_a_suite_from_the_command_line(attnzoo, small, tmp_path):
@@ -142,12 +161,17 @@ def test_cells_and_table(small):
     assert cells(measured(decode_seconds=None, cache_bytes=None)) == ("2.000", "20.0", "", "")
     entries = (
         Entry("a", measured(), dataclasses.replace(measured(2.5), settings={"head_dim": 2})),
-        Entry("b", measured(3.0), None, "no"),
+        Entry("b", measured(3.0), None, "no", "learned"),
     )
     board = suites.Leaderboard(small, "a,b", "bits per byte", {"bigram": 3.7}, 16.0, entries, {}, 1.0)
-    console = Console(width=80, record=True, quiet=True)
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(board))
-    assert table(board).row_count == 3
+    rows = [line.split() for line in console.export_text().splitlines() if "20.0" in line]
+    assert rows == [
+        ["a", "2.000", "20.0", "1.00", "64"],
+        ["head_dim=2", "2.500", "20.0", "1.00", "64"],
+        ["b,", "learned", "positions", "3.000", "20.0", "1.00", "64"],
+    ]
 
 
 def test_divergence_is_said(small, replaced):
