@@ -4,7 +4,7 @@ import importlib
 import inspect
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from attnzoo import catalog, costs
 from attnzoo.paper import Paper
 
 _WIDTH = 100
+_CELLS, _BATCH, _HEADS, _KV_HEADS = 24, 2, 4, 2  # examples are drawn at the sizes that the contract tests run them at
 
 
 def row_dict(row: catalog.Row) -> dict[str, Any]:
@@ -126,31 +127,55 @@ class Card:
         sizes = " ".join(f"{k}={v}" for k, v in self.values.items() if k in used)
         return _columns(lines) + (f"\nfor {sizes}" if sizes else "")
 
-    def plot(self, path: Path) -> None:
-        """Writes the costs over sequence length T (T doubled from 64 to 1,048,576; S = T) as a log-log plot.
+    def picture(self) -> Callable[[Any], None] | None:
+        """What draws the idea on matplotlib axes: the paper's own picture, else its first mask, its first score or its
+        weight maps; None where it has none of them.
+        """
+        paper = self.paper
+        if paper is None or paper.picture is not None:
+            return paper.picture if paper else None
+        from attnzoo.core import pictures
 
-        Raises ValueError if there is nothing to plot, ModuleNotFoundError without matplotlib.
+        size = _CELLS
+        for mask in paper.masks.values():
+            return lambda axes: pictures.draw_mask(axes, mask(size, size), size, heads=_HEADS, batch=_BATCH)
+        sizes = {"heads": _HEADS, "kv_heads": _KV_HEADS, "batch": _BATCH}
+        for score in paper.scores.values():
+            return lambda axes: pictures.draw_score(axes, score(size, size), size, **sizes)
+        if not paper.weights:
+            return None
+        maps = {name: make(size, size) for name, make in paper.weights.items()}
+        return lambda axes: pictures.draw_weights(axes, maps, size, **sizes)
+
+    def plot(self, path: Path) -> None:
+        """Draws the idea, and the costs over sequence length T (doubled from 64 to 1,048,576; S = T), into a file.
+
+        Raises ValueError if there is neither, ModuleNotFoundError without matplotlib.
         """
         formulas = {k: f for k, f in (self.paper.costs if self.paper else {}).items() if not self.missing(f)}
-        if not formulas:
-            raise ValueError(f"plot: {self.row.key} states no costs that these sizes determine")
+        panels = [draw for draw in (self.picture(), self._plot_costs if formulas else None) if draw is not None]
+        if not panels:
+            raise ValueError(f"plot: {self.row.key} has no picture, and states no costs that these sizes determine")
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError:
             raise ModuleNotFoundError("plot needs matplotlib, which is not installed: pip install 'attnzoo[train]'") from None
+        figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
+        for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+            draw(axes)
+        figure.suptitle(f"{self.row.key}: {self.row.title}", fontsize=11, wrap=True)
+        figure.savefig(path, dpi=150)
+
+    def _plot_costs(self, axes: Any) -> None:
+        """The costs that the sizes determine, over T."""
         lengths = [2**n for n in range(6, 21)]
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        for what, formula in formulas.items():
-            axes.loglog(
-                lengths,
-                [costs.evaluate(formula, {**self.values, "T": t, "S": t}) for t in lengths],
-                label=what,
-            )
-        axes.set(xlabel="sequence length T", title=f"{self.row.key}: costs", xscale="log")
+        for what, formula in (self.paper.costs if self.paper else {}).items():
+            if not self.missing(formula):
+                values = [costs.evaluate(formula, {**self.values, "T": t, "S": t}) for t in lengths]
+                axes.loglog(lengths, values, label=what)
+        axes.set(xlabel="sequence length T", title="costs", xscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path, dpi=150)
 
 
 def _import_name(entry: Any) -> str:

@@ -48,7 +48,7 @@ examples:
   attnzoo show transformer
   attnzoo show transformer --dim 4096 --num-heads 32 --num-kv-heads 8 --length 8192
   attnzoo show adaptive_entmax --json
-  attnzoo show value_residual --plot costs.png
+  attnzoo show mas --plot mas.png
 """
 
 # option -> the letter it sets; the rest follows from these (see attnzoo.costs.sizes)
@@ -140,7 +140,7 @@ def _show(argv: Sequence[str]) -> int:
         help="a size of the paper's own that its formulas use, e.g. R_k=2 (repeatable)",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="also plot the costs over T into this file")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the idea, and the costs over T, into this file")
     args = parser.parse_args(argv)
     given = {letter: getattr(args, letter) for letter in _SIZES.values() if getattr(args, letter) is not None}
     values = {**costs.sizes(**given), **dict(_own_size(text) for text in args.size)}

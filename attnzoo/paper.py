@@ -20,7 +20,7 @@ class Paper:
     mixer: the drop-in class, if it is one (`attnzoo train --mixer KEY` builds this).
     masks, scores, weights: name -> (T, S) -> object; the shared contract tests run over each of them.
     picture: draws the idea on the matplotlib axes it is given (a pattern, a curve), in seconds; `attnzoo show KEY --plot`
-        saves it. Without one the first mask, score or weight map is drawn.
+        saves it. Without one the first mask, the first score or the weight maps are drawn.
     costs: what -> arithmetic formula in the letters of `attnzoo.costs`, e.g.
         {"cache numbers per token": "2 * K * H"}; `attnzoo show KEY --num-kv-heads 2` evaluates them.
     code: the public implementation it was compared with, as owner/name or a package's name.

@@ -28,7 +28,7 @@ RUNTIME = {"jax", "flax", "jaxtyping", "numpy"}
 # What stands beside the layers, and what of ours it may import.
 BESIDE = {
     "attnzoo.catalog": {"attnzoo.zoo"},
-    "attnzoo.card": {"attnzoo.catalog"},
+    "attnzoo.card": {"attnzoo.catalog", "attnzoo.core"},
     "attnzoo.cli": {"attnzoo.catalog", "attnzoo.card"},
     "attnzoo.convert": {"attnzoo.core", "attnzoo.nn", "attnzoo.zoo", "attnzoo.models", "attnzoo.catalog"},
     "attnzoo": set(),

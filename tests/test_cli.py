@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it says no."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from attnzoo import card, catalog, cli
+from attnzoo.core.masks import Causal
+from attnzoo.core.scores import ALiBi
+from attnzoo.core.weights import softmax
 from attnzoo.paper import Paper
 
 
@@ -135,11 +139,52 @@ def test_show_claim(run, exhibit, monkeypatch, tmp_path):
         assert words in text
 
 
-def test_show_plot(run, exhibit, tmp_path):
+def panels(monkeypatch):
+    """The axes of every figure that is saved, in a list."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        saved.extend(figure.axes)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def test_show_plot(run, exhibit, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    saved = panels(monkeypatch)
     path = tmp_path / "costs.png"
     assert run(f"show tpa --plot {path}")[0] == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert [axes.get_title() for axes in saved] == ["costs"]
+    assert [line.get_label() for line in saved[0].lines] == ["cache numbers per token", "flops"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "title"),
+    [
+        ({"picture": lambda axes: axes.set_title("its own"), "masks": {"m": None}}, "its own"),
+        ({"masks": {"m": lambda T, S: Causal()}, "scores": {"s": None}}, "Causal()"),
+        ({"scores": {"s": lambda T, S: ALiBi.for_heads(4)}, "weights": {"w": lambda T, S: softmax}}, "what logits of 0 become"),
+        ({"weights": {"w": lambda T, S: softmax}}, "the weights of 24 keys"),
+    ],
+)
+def test_the_picture_comes_first(run, exhibit, tmp_path, monkeypatch, parts, title):
+    pytest.importorskip("matplotlib")
+    module = sys.modules[catalog.paper("tpa").module]
+    module.PAPER = dataclasses.replace(module.PAPER, **parts)
+    saved = panels(monkeypatch)
+    assert run(f"show tpa --plot {tmp_path / 'a.png'}")[0] == 0
+    assert title in saved[0].get_title()
+    assert saved[1].get_title() == "costs"
+    saved.clear()
+    module.PAPER = dataclasses.replace(module.PAPER, costs={})
+    assert run(f"show tpa --plot {tmp_path / 'b.png'}")[0] == 0
+    assert title in saved[0].get_title()
+    assert "costs" not in [axes.get_title() for axes in saved]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +215,7 @@ def test_nothing_to_plot(run, tmp_path):
     planned = catalog.papers(status="planned")[0]
     code, _, err = run(f"show {planned.key} --plot {tmp_path / 'x.png'}")
     assert code == 2
-    assert "states no costs" in err
+    assert "has no picture, and states no costs" in err
 
 
 def test_traceback_on_request(monkeypatch):

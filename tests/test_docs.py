@@ -21,6 +21,7 @@ def generate():
 
 def test_what_is_generated_is_up_to_date(generate):
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run: python docs/generate.py"
+    assert generate.BOARD_PAGE.read_text(encoding="utf-8") == generate.leaderboard(), "run: python docs/generate.py"
     assert generate.README.read_text(encoding="utf-8") == generate.readme(), "run: python docs/generate.py"
 
 
@@ -36,6 +37,45 @@ def test_measurements_become_a_table(generate, tmp_path, monkeypatch):
     assert "Not recorded" in generate.measured()
     generate.MEASURED.write_text(json.dumps(result))
     assert "| ours | 12 | 46 | 12 | 46 |" in generate.measured()
+
+
+def test_a_leaderboard_becomes_a_table(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BOARD", tmp_path / "leaderboard.json")
+    assert "Not recorded" in generate.leaderboard()
+    equal = {
+        "scores": [2.5, 2.7], "step_seconds": 0.0303, "decode_seconds": 0.00125, "cache_bytes": 1536.0,
+        "parameters": 123456, "mlp_dim": 176, "settings": {},
+    }  # fmt: skip
+    small = {**equal, "scores": [2.8], "cache_bytes": 384.0, "settings": {"num_kv_heads": 1}}
+    stateless = {**equal, "decode_seconds": None, "cache_bytes": None}
+    board = {
+        "suite": {
+            "config": {
+                "mixer": "transformer", "steps": 300, "batch": 8, "data": {"name": "topics", "context": 128},
+                "model": {"num_layers": 3, "dim": 64, "num_heads": 4, "positions": "rope"},
+            },
+            "seeds": [0, 1], "cache_share": 0.25, "decode_length": 1024, "decode_batch": 8,
+        },
+        "metric": "bits per byte", "baselines": {"bigram": 3.7}, "cache_budget": 384.0, "seconds": 1230.0,
+        "entries": [
+            {
+                "mixer": "transformer", "equal_parameters": equal, "equal_cache": small, "reason": "", "positions": "rope",
+            },
+            {
+                "mixer": "mlp", "equal_parameters": stateless, "equal_cache": None, "reason": "it does not decode",
+                "positions": "learned",
+            },
+        ],
+        "skipped": {"odd": "takes no such model"},
+        "environment": {"cores": 2, "machine": "x86_64", "python": "3.11", "jax": "0.10.2", "flax": "0.12.8"},
+    }  # fmt: skip
+    generate.BOARD.write_text(json.dumps(board))
+    page = generate.leaderboard()
+    assert "| `transformer` | 2.600 | 30.3 | 1.25 | 1,536 | 2.800 | 1.25 | 384 | `num_kv_heads=1` |" in page
+    assert "| `mlp`, learned positions | 2.600 | 30.3 |  |  |  |  |  | it does not decode |" in page
+    assert "`odd` is left out: takes no such model" in page
+    assert "25% of what `transformer` takes" in page
+    assert "in 20 minutes on 2 CPU cores" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

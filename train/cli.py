@@ -18,6 +18,8 @@ from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
 from train.report import print_result
 from train.rundir import CONFIG, free_folder, open_run
+from train.suite import run_suite, smoke_suite, suite_named
+from train.suite import table as suite_table
 from train.tasks import task_class
 
 INTERRUPTED = 130
@@ -48,12 +50,26 @@ examples:
 
 _COMPARE = """\
 Trains several mixers at one parameter budget, and tabulates quality, step time and cache. An entry may set
-arguments of its mixer: KEY:ARG=VALUE:ARG=VALUE.
+arguments of its mixer: KEY:ARG=VALUE:ARG=VALUE. With --suite NAME the ground is fixed: see attnzoo compare --suite language
+--help.
 
 examples:
   attnzoo compare --mixers transformer,value_residual
   attnzoo compare --mixers transformer,transformer:num_kv_heads=1 --steps 200
   attnzoo compare --task digits --mixers transformer,adaptive_entmax
+  attnzoo compare --suite language
+"""
+
+_SUITE = """\
+A leaderboard: task, model, steps and seeds are the suite's, and every mixer has the parameters of its reference. Measures
+quality at equal parameters and with a cache of at most a quarter of the reference's, time per training step and per decoded
+token, and cache bytes per token. About a minute per mixer on two CPU cores.
+
+examples:
+  attnzoo compare --suite language
+  attnzoo compare --suite language --mixers transformer,value_residual:mode=svformer
+  attnzoo compare --suite language --out benchmarks/results/language
+  attnzoo compare --suite language --mixers transformer,adaptive_entmax --smoke
 """
 
 _CLAIM = """\
@@ -90,6 +106,20 @@ class CompareCommand:
     """Folder of the comparison; by default runs/compare-TASK, with a number if that is taken."""
     smoke: bool = False
     """Runs of CI length: at most 20 steps with 8 examples each."""
+
+
+@dataclass(frozen=True)
+class SuiteCommand:
+    """`attnzoo compare --suite NAME`."""
+
+    suite: str
+    """Which suite: language."""
+    mixers: str = "all"
+    """Keys of exhibits, separated by commas, or all that are built."""
+    out: str | None = None
+    """Folder for leaderboard.json and leaderboard.png; by default runs/suite-NAME, with a number if that is taken."""
+    smoke: bool = False
+    """A few steps of one seed, to see that it runs; the numbers mean nothing."""
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -155,6 +185,8 @@ def generate_main(argv: Sequence[str]) -> int:
 
 def compare_main(argv: Sequence[str]) -> int:
     """`attnzoo compare`: 0, or 130 when it was interrupted."""
+    if _option(argv, "--suite") is not None:
+        return _suite_main(argv)
     defaults = task_class(_option(argv, "--task") or Config.task).defaults()
     command = _parse(CompareCommand, argv, "compare", _COMPARE, CompareCommand(defaults, tyro.MISSING))
     config = smoke(command.config) if command.smoke else command.config
@@ -167,6 +199,22 @@ def compare_main(argv: Sequence[str]) -> int:
         return INTERRUPTED
     console.print(table(comparison))
     console.print(f"In {folder}: compare.json, compare.png, and the folder of each run", highlight=False)
+    return 0
+
+
+def _suite_main(argv: Sequence[str]) -> int:
+    command = _parse(SuiteCommand, argv, "compare", _SUITE)
+    suite = suite_named(command.suite)
+    suite = smoke_suite(suite) if command.smoke else suite
+    folder = Path(command.out).expanduser() if command.out else free_folder(f"suite-{suite.name}")
+    console = Console()
+    try:
+        board = run_suite(suite, command.mixers, folder, console)
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted; what is finished lies in {folder}", highlight=False)
+        return INTERRUPTED
+    console.print(suite_table(board))
+    console.print(f"{board.seconds:.0f} s. In {folder}: leaderboard.json, leaderboard.png", highlight=False)
     return 0
 
 

@@ -117,18 +117,29 @@ def equal_budgets(config: Config, mixers: dict[str, tuple[str, dict[str, Any]]])
     for label, (key, arguments) in mixers.items():
         plan = dataclasses.replace(config, mixer=key, mixer_args=arguments)
         budget = budget or parameters(plan)
-        # Parameters are linear in mlp_dim, so two sizes tell all of them.
-        one, two = parameters(_with_mlp_dim(plan, 1)), parameters(_with_mlp_dim(plan, 2))
-        mlp_dim = max(1, round(1 + (budget - one) / (two - one)))
-        plan = _with_mlp_dim(plan, mlp_dim)
-        count = parameters(plan)
-        if abs(count - budget) > TOLERANCE * budget:
+        try:
+            plans[label] = with_parameters(plan, budget)
+        except ValueError as error:
             raise ValueError(
-                f"--mixers: no mlp_dim gives {label!r} the {budget:,} parameters of {next(iter(plans))!r}; nearest "
-                f"is {mlp_dim}, with {count:,}. Choose another --model.mlp-dim or --model.dim"
-            )
-        plans[label] = plan
+                f"--mixers: {label!r} cannot have the parameters of {next(iter(plans), label)!r}: {error}. Choose another "
+                "--model.mlp-dim or --model.dim"
+            ) from error
     return plans
+
+
+def with_parameters(plan: Config, budget: int) -> Config:
+    """The configuration with the mlp_dim that gives its model `budget` parameters.
+
+    Raises ValueError where the nearest mlp_dim misses them by more than one percent.
+    """
+    # Parameters are linear in mlp_dim, so two sizes tell all of them.
+    one, two = parameters(_with_mlp_dim(plan, 1)), parameters(_with_mlp_dim(plan, 2))
+    mlp_dim = max(1, round(1 + (budget - one) / (two - one)))
+    plan = _with_mlp_dim(plan, mlp_dim)
+    count = parameters(plan)
+    if abs(count - budget) > TOLERANCE * budget:
+        raise ValueError(f"no mlp_dim gives it {budget:,} parameters; nearest is {mlp_dim}, with {count:,}")
+    return plan
 
 
 def _with_mlp_dim(config: Config, mlp_dim: int) -> Config:

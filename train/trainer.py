@@ -1,5 +1,6 @@
 """The training step: model, optimizer and mesh as pure functions on a state."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -91,10 +92,10 @@ class Trainer:
         self.train_step = one_at_a_time(step, mesh)
         self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate), mesh)
 
-    def init(self) -> TrainState:
-        """The state before the first step, created in place on the mesh."""
+    def init(self, seed: int | None = None) -> TrainState:
+        """The state before the first step, created in place on the mesh. seed: instead of the configuration's."""
         with on_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.shardings)()
+            return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         return put_batch(batch, self.task.sequence, self.mesh)
@@ -113,8 +114,8 @@ class Trainer:
         model.eval()
         return model
 
-    def _init(self) -> TrainState:
-        model = self.task.make_model(nnx.Rngs(self.seed))
+    def _init(self, seed: int | None = None) -> TrainState:
+        model = self.task.make_model(nnx.Rngs(self.seed if seed is None else seed))
         model.train()
         self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
         return TrainState(params, rest, self.optimizer.init(params), jnp.zeros((), jnp.int32))

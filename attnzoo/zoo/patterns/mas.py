@@ -35,6 +35,7 @@ from attnzoo.core.cache import append, cached_attention
 from attnzoo.core.cells import Bound, Geometry, concrete
 from attnzoo.core.intervals import Intervals
 from attnzoo.core.masks import Mask, PrefixEnd, mask
+from attnzoo.core.pictures import draw_mask
 from attnzoo.errors import unknown
 from attnzoo.paper import Paper
 
@@ -240,6 +241,18 @@ def _halves(T: int, S: int, *, tail: int) -> SegmentBlockMask:
     return SegmentBlockMask(np.where(np.arange(T) < T - tail, seg, -1).astype(np.int32))
 
 
+def draw_conversation(ax: Any, tokens: tuple[int, int, int] = (8, 14, 10)) -> None:
+    """Draws who sees whom in a conversation of a system's text, a user's turn and an answer of so many tokens."""
+    draw_mask(ax, SegmentBlockMask(np.repeat([0, 1, -1], tokens)), sum(tokens))
+    ends = np.cumsum(tokens)
+    for end in ends[:-1]:
+        ax.axhline(end - 0.5, color="0.3", linewidth=0.8)
+        ax.axvline(end - 0.5, color="0.3", linewidth=0.8)
+    names, centers = ("system", "user", "answer"), ends - np.array(tokens) / 2 - 0.5
+    ax.set_xticks(centers, names)
+    ax.set_yticks(centers, names, rotation=90, va="center")
+
+
 PAPER = Paper(
     34,
     "mas",
@@ -260,6 +273,7 @@ PAPER = Paper(
         "two blocks": functools.partial(_halves, tail=0),
         "two blocks and an answer": functools.partial(_halves, tail=3),
     },
+    picture=draw_conversation,
     costs={
         "pairs of one block of m tokens": "T * (T + 1) / 2 + m * (m - 1) / 2",
         "cache numbers per token": "2 * K * H",

@@ -264,6 +264,23 @@ def kv_cache_bytes(
     return 2 * batch * length * num_layers * num_kv_heads * head_dim * jnp.dtype(dtype).itemsize
 
 
+def draw_sharing(ax: Any, num_heads: int = 8, kv_heads: tuple[int, ...] = (8, 2, 1)) -> None:
+    """Draws which head of keys and values each query head reads, a row per number of kv heads."""
+    for row, K in enumerate(kv_heads):
+        group = num_heads // K
+        for n in range(num_heads):
+            center = (n // group + 0.5) * group - 0.5
+            ax.plot([n, center], [-row, -row - 0.5], color="0.7", linewidth=1, zorder=1)
+        read = [(k + 0.5) * group - 0.5 for k in range(K)]
+        ax.scatter(range(num_heads), [-row] * num_heads, s=90, color="#8ecae6", zorder=2)
+        ax.scatter(read, [-row - 0.5] * K, s=130, marker="s", color="#126782", zorder=2)
+        kind = {num_heads: "multi-head", 1: "multi-query"}.get(K, "grouped-query")
+        said = f"{kind}, K = {K}\n{2 * K} H numbers\nper token"
+        ax.annotate(said, (num_heads - 0.3, -row - 0.25), va="center", fontsize=9)
+    ax.set(xlim=(-0.6, num_heads + 2.6), ylim=(-len(kv_heads) + 0.2, 0.3), xticks=[], yticks=[])
+    ax.set_title(f"{num_heads} query heads (dots) and the K heads of keys and values (squares) they read", fontsize=10)
+
+
 PAPER = Paper(
     41,
     "transformer",
@@ -288,6 +305,7 @@ PAPER = Paper(
         "attnzoo.models.objectives:noam_schedule",
     ),
     mixer=GroupedQueryAttention,
+    picture=draw_sharing,
     costs={
         "cache numbers per token": "2 * K * H",
         "parameters": "2 * D * N * H + 2 * D * K * H",

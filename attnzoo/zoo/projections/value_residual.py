@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -269,6 +270,41 @@ def svformer_cache_bytes(
     return batch * length * (num_layers + 1) * num_kv_heads * head_dim * jnp.dtype(dtype).itemsize
 
 
+def value_sources(num_layers: int, mode: str, **options: Any) -> Float[np.ndarray, "L L"]:
+    """Row l: how much of each layer's own values V_1..V_L is in the values that layer l attends to.
+
+    mode: one with fixed coefficients. options: of `ValueResidualAttention`.
+    """
+    sources = np.zeros((num_layers, num_layers))
+    saved: list[int] = []  # layers whose values are handed on, in order
+    for layer in range(num_layers):
+
+        def build(layer: int = layer) -> ValueResidualAttention:
+            return ValueResidualAttention(2, 1, layer=layer, num_layers=num_layers, mode=mode, rngs=nnx.Rngs(0), **options)
+
+        mixer = nnx.eval_shape(build)
+        own, first = 1.0, 0.0
+        if mixer.source is not None:
+            first, own = (1.0, 0.0) if mode == "svformer" else mixer.lambdas
+            sources[layer, saved[mixer.source]] = first
+        sources[layer, layer] = own
+        saved += [layer] if mixer.saves else []
+    return sources
+
+
+def draw_sources(ax: Any, num_layers: int = 8) -> None:
+    """Draws whose values the layers attend to, for four modes."""
+    modes = {"constant": "ResFormer", "sparse": "sparse", "unet": "unet", "svformer": "SVFormer"}
+    gap = np.full((num_layers, 1), np.nan)
+    panels = [np.hstack([value_sources(num_layers, mode), gap]) for mode in modes]
+    image = ax.imshow(np.hstack(panels)[:, :-1], cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    centers = [i * (num_layers + 1) + (num_layers - 1) / 2 for i in range(len(modes))]
+    ax.set_xticks(centers, [f"{name}\nV_1 .. V_{num_layers}" for name in modes.values()])
+    ax.set_yticks(range(num_layers), range(1, num_layers + 1))
+    ax.set(ylabel="layer l", title="share of each layer's values in what layer l attends to")
+    ax.figure.colorbar(image, ax=ax)
+
+
 PAPER = Paper(
     76,
     "value_residual",
@@ -280,10 +316,12 @@ PAPER = Paper(
         ValueResidualAttention,
         token_importance_entropy,
         svformer_cache_bytes,
+        value_sources,
         "attnzoo.models.resformer:ResFormerLM",
         "attnzoo.models.resformer:SVFormerLM",
     ),
     mixer=ValueResidualAttention,
+    picture=draw_sources,
     costs={
         "cache numbers per token": "2 * K * H",
         "cache numbers per token, all layers": "2 * L * K * H",

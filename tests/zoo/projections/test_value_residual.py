@@ -22,6 +22,7 @@ from attnzoo.zoo.projections.value_residual import (
     svformer_cache_bytes,
     token_importance_entropy,
     value_residual_mix,
+    value_sources,
 )
 
 V, D, N, K, H, L = 11, 16, 4, 2, 4, 3
@@ -135,6 +136,16 @@ def test_who_mixes_whose_values(mode, options, sources, saves):
     assert len(carry) == len(saves)
     for i, v in zip(saves, carry, strict=True):
         np.testing.assert_array_equal(v, mixers[i].qkv.value(x))
+
+
+def test_sources():
+    half = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0, 0.5, 0], [0.5, 0, 0, 0.5]])
+    np.testing.assert_array_equal(value_sources(4, "constant"), half)
+    np.testing.assert_array_equal(value_sources(4, "svformer"), np.eye(4)[[0] * 4])
+    unet = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0.5, 0, 0, 0.5]])
+    np.testing.assert_array_equal(value_sources(4, "unet"), unet)
+    sparse = value_sources(4, "sparse", sparse_layers=(3,), lambdas=(0.2, 0.8))
+    np.testing.assert_array_equal(sparse, np.diag([1, 1, 0.8, 1]) + 0.2 * np.eye(4)[2][:, None] * np.eye(4)[0])
 
 
 def test_learned_coefficients(tokens):

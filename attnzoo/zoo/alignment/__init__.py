@@ -1,0 +1,1 @@
+"""Exhibits that align one sequence with another: which source positions a target position reads."""
