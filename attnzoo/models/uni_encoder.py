@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from attnzoo.core.cells import Known
 from attnzoo.models.encoder import EncoderConfig
 from attnzoo.models.layers import layer_maker
 from attnzoo.models.objectives import label_smoothed_ce
@@ -15,7 +16,7 @@ from attnzoo.nn.embed import LearnedPositions, logits
 from attnzoo.nn.linear import dropout, linear, named
 from attnzoo.nn.norms import norm
 from attnzoo.nn.stack import Stack
-from attnzoo.zoo.patterns.uni_encoder import CandidateMask, Known, candidate_means, candidate_positions
+from attnzoo.zoo.patterns.uni_encoder import CandidateMask, candidate_means, candidate_positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

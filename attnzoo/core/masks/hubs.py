@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from attnzoo.core.blocks import EMPTY, FULL, PARTIAL
-from attnzoo.core.cells import Bound, Geometry, Operand
+from attnzoo.core.cells import Bound, Geometry, Known, Operand
 from attnzoo.core.intervals import MAX_RUNS, Intervals
 from attnzoo.core.masks.base import Mask, mask
 from attnzoo.core.masks.positional import as_known
@@ -38,8 +37,8 @@ class HubSegmentMask(Mask):
     do not decrease along the sequence (hubs may stand anywhere), and never hiding a visible cell.
     """
 
-    segments: Int[jax.Array | np.ndarray, "*B T"]
-    kv_segments: Int[jax.Array | np.ndarray, "*B S"] | None = None
+    segments: Int[Known, "*B T"]
+    kv_segments: Int[Known, "*B S"] | None = None
     hubs_see: bool = True
 
     def _ids(self, g: Geometry) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from attnzoo.core.attention import attention
+from attnzoo.core.cells import Known
 from attnzoo.core.masks import HubSegmentMask, Lengths
 from attnzoo.core.weights import softmax_rows
 from attnzoo.nn.block import Block
@@ -39,8 +40,6 @@ from attnzoo.nn.linear import linear, named
 from attnzoo.nn.norms import norm
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
-
-Known = jax.Array | np.ndarray
 
 
 def FusionMask(passage_ids: Int[Known, "*B T"], n_global: int) -> HubSegmentMask:

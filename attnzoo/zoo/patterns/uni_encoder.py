@@ -34,14 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnzoo.core.cells import Bound, Geometry, concrete
+from attnzoo.core.cells import Bound, Geometry, Known, concrete
 from attnzoo.core.intervals import Intervals
 from attnzoo.core.masks import HubSegmentMask, Mask, mask
 from attnzoo.errors import unknown
 from attnzoo.paper import Paper
-
-Known = jax.Array | np.ndarray
-"""Segments that are known before anything runs stay numpy, and so do the block maps made of them."""
 
 CONTEXT, PADDING = -1, -2
 MODES = ("arrow", "diag", "square", "independent")
