@@ -20,6 +20,9 @@ from jaxtyping import Array, Bool, Int
 
 Index = Any  # an int32 array, numpy or JAX
 
+Known = jax.Array | np.ndarray
+"""Arrays that are known before anything runs may stay numpy, and so do the block maps made of them."""
+
 
 def concrete(x: Any) -> np.ndarray | None:
     """``x`` as a numpy array, or None while its value is only known inside a trace."""

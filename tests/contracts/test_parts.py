@@ -99,4 +99,6 @@ class TestScores:
         for out, grad in zip(outs[1:], grads[1:], strict=True):
             np.testing.assert_allclose(out, outs[0], atol=3e-6)
             for a, b in zip(grad, grads[0], strict=True):
+                if a.dtype == jax.dtypes.float0:  # of an integer array there is none
+                    continue
                 np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)

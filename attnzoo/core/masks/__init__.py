@@ -9,6 +9,7 @@ from attnzoo.core.blocks import BlockMap
 from attnzoo.core.masks.base import And, Mask, Not, Or, mask
 from attnzoo.core.masks.function import Function
 from attnzoo.core.masks.grid import Neighborhood
+from attnzoo.core.masks.hubs import HubSegmentMask
 from attnzoo.core.masks.positional import Causal, Dilated, Prefix, Sinks, SlidingWindow
 from attnzoo.core.masks.prefix_end import PrefixEnd
 from attnzoo.core.masks.tokens import Array, Blocks, Lengths, Segments, Stripes, TreeAncestors
@@ -21,6 +22,7 @@ __all__ = [
     "Causal",
     "Dilated",
     "Function",
+    "HubSegmentMask",
     "Lengths",
     "Mask",
     "Neighborhood",
