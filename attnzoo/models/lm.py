@@ -1,6 +1,7 @@
 """A decoder-only language model with a slot for the mixer."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from attnzoo.models.layers import AbsolutePositions, LayerConfig, layer_maker
+from attnzoo.nn.block import Block
 from attnzoo.nn.embed import Embed, Readout
 from attnzoo.nn.linear import dropout
 from attnzoo.nn.norms import norm
@@ -51,13 +53,17 @@ class DecoderLM(nnx.Module):
         self.positions = AbsolutePositions(config.positions, config.max_length, dim, rngs=rngs, **dtypes)
         self.dropout = dropout(config.dropout_rate, rngs)
         self.layers = Stack(
-            layer_maker(config, rngs, causal=True),
+            self.layer_maker(config, rngs),
             config.num_layers,
             scan=config.scan_layers,
             remat=config.remat,
         )
         self.norm = norm(config.norm, dim, rngs=rngs, **dtypes) if config.norm_first else None
         self.readout = None if config.tie_embeddings else Readout(dim, config.vocab_size, rngs=rngs, **dtypes)
+
+    def layer_maker(self, config: LMConfig, rngs: nnx.Rngs) -> Callable[[int], Block]:
+        """i -> layer i; models of other layers than `Block` override this."""
+        return layer_maker(config, rngs, causal=True)
 
     def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "..."]) -> Float[Array, "B T D"]:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

@@ -104,6 +104,13 @@ class GroupedQueryAttention(Mixer):
         """
         return {"backend": self.backend}
 
+    def merge(self, o: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What becomes of the head outputs o of the tokens x: W_O here.
+
+        Exhibits that gate or exchange what heads found extend this one method; cached decoding follows.
+        """
+        return self.out(o)
+
     def _mask(self, mask: Any) -> Any:
         return both(Causal() if self.causal else None, mask)
 
@@ -126,7 +133,7 @@ class GroupedQueryAttention(Mixer):
         memory: Float[Array, "B S D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """memory: attend to this sequence instead of x itself; `mask` is then of T queries and S keys."""
-        return self.out(self._attend(x, mask, positions, memory, **dropout_arguments(self.dropout)))
+        return self.merge(self._attend(x, mask, positions, memory, **dropout_arguments(self.dropout)), x)
 
     def attention_weights(
         self,
@@ -210,7 +217,7 @@ class GroupedQueryAttention(Mixer):
             k, v = self._rotate(self.qkv.key(x), positions), self.qkv.value(x)
             cache = append(cache, {"k": k, "v": v}, lengths)
         o = cached_attention(q, cache, q_positions=positions, mask=self._mask(mask), **self.attention_arguments())
-        return self.out(o), cache
+        return self.merge(o, x), cache
 
 
 class MultiHeadAttention(GroupedQueryAttention):

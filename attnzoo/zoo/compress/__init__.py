@@ -1,0 +1,1 @@
+"""Exhibits that turn trained models into smaller, sparser or merged ones."""

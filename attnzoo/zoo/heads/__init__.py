@@ -1,0 +1,1 @@
+"""Exhibits that decide which heads work, and how much each counts."""
