@@ -31,7 +31,7 @@ from attnzoo.models.lm import DecoderLM
 from train.compare import cache_numbers, parameters, parse_mixers, with_parameters
 from train.config import Config, ModelConfig
 from train.metrics import write_atomically
-from train.sharding import make_mesh
+from train.sharding import make_mesh, on_mesh
 from train.tasks import make_task
 from train.trainer import Trainer
 
@@ -280,7 +280,7 @@ def train_once(trainer: Trainer, plan: Config, group: int = 3) -> tuple[float, l
     task = make_task(plan)
     state, times, step = trainer.init(plan.seed), [], 0
     batches = iter(task.batches())
-    with jax.set_mesh(trainer.mesh):
+    with on_mesh(trainer.mesh):
         while step < plan.steps:
             count, clock = min(group, plan.steps - step), time.perf_counter()
             for _ in range(count):

@@ -87,6 +87,9 @@ def attention(
 
 def _run(request: Request, backend: str) -> Any:
     if not isinstance(request.weights, Mixture):
+        if not request.weights.reads_logits and request.score is None:
+            # Any finite logits do. (Zeros would do too, but compilers multiply constants out while they compile.)
+            request = dataclasses.replace(request, q=request.q[..., :1], k=request.k[..., :1])
         name, _ = _choose(request, backend)
         return BACKENDS[name].run(request)
     if request.return_lse:

@@ -12,7 +12,7 @@ A map says how it can be computed, and backends ask that, never its name:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,13 @@ HIDDEN = -1e30
 
 
 class Weights:
-    """Base of weight maps. ``rows`` is the definition; subclasses below add faster ways to the same result."""
+    """Base of weight maps. ``rows`` is the definition; subclasses below add faster ways to the same result.
+
+    reads_logits: whether weights depend on more than which cells are visible. If not, queries and keys are multiplied only
+        where a score may hide cells.
+    """
+
+    reads_logits: ClassVar[bool] = True
 
     def score(self, g: Geometry) -> Score | None:
         """What is done to each logit first, after the caller's own score; ``rows`` gets the result (None: nothing)."""
@@ -150,6 +156,8 @@ class _Level(Score):
 @pytree()
 class Uniform(Normalised):
     """The same weight for every visible key, whatever the logits."""
+
+    reads_logits = False
 
     def score(self, g: Geometry) -> Score:
         return _Level()

@@ -13,7 +13,7 @@ from attnzoo.core.attention import attention, explain
 from attnzoo.core.backends import BACKENDS
 from attnzoo.core.masks import Causal, Lengths, Prefix, SlidingWindow
 from attnzoo.core.scores import ALiBi, Bias, RelativeBias, SoftCap, Temperature
-from attnzoo.core.weights import Elementwise, Relaxed, Sigmoid, SinkSoftmax
+from attnzoo.core.weights import Elementwise, Relaxed, Sigmoid, SinkSoftmax, Uniform
 from tests.core.oracle import coordinates, oracle
 
 B, T, S, N, K, H, HV = 2, 21, 26, 4, 2, 8, 6
@@ -160,6 +160,18 @@ def test_relaxed_blends_with_the_uniform_row(qkv, backend):
         weights = run(*qkv, backend, mask=Causal(), weights=Relaxed(0.3), return_weights=True)[1]
         flat = np.broadcast_to(ok, w.shape) / np.broadcast_to(ok, w.shape).sum(-1, keepdims=True)
         np.testing.assert_allclose(weights, 0.7 * w + 0.3 * flat, atol=3e-6)
+
+
+@BACKEND
+def test_uniform_weights_need_no_product_but_see_what_a_bias_hides(qkv, backend):
+    ok = np.broadcast_to((s_ + t_) % 3 > 0, (B, N, T, S)).copy()
+    ok[0, 1, 5] = False
+    level, _, _ = oracle(*qkv, ok, lambda s: 0 * s)
+    np.testing.assert_allclose(run(*qkv, backend, mask=jnp.asarray(ok), weights=Uniform()), level, atol=3e-6)
+    hidden = jnp.where(ok, 0.0, -jnp.inf)
+    np.testing.assert_allclose(run(*qkv, backend, bias=hidden, weights=Uniform()), level, atol=3e-6)
+    dq = jax.grad(lambda q: (run(q, *qkv[1:], backend, mask=jnp.asarray(ok), weights=Uniform()) ** 2).sum())(qkv[0])
+    assert dq.shape == qkv[0].shape and not np.asarray(dq).any()
 
 
 @BACKEND

@@ -5,9 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
+
+from attnzoo.models.layers import LayerConfig, layer_maker
+from attnzoo.nn.embed import LearnedPositions
+from attnzoo.nn.linear import linear
+from attnzoo.nn.norms import norm
+from attnzoo.nn.stack import Stack
 
 Loss = Callable[[Any, PyTree], Array]
 """(model, batch) -> a scalar."""
@@ -95,3 +102,40 @@ def mean_loss(model: nnx.Module, loss: Loss, make_batch: MakeBatch, *, seed: int
         return jax.lax.map(lambda key: loss(nnx.merge(graphdef, state, copy=True), make_batch(key)), keys).mean()
 
     return float(run(state))
+
+
+def digit_rows(seed: int) -> tuple[Float[np.ndarray, "1797 8 8"], Int[np.ndarray, "1797"]]:
+    """(images, labels) of scikit-learn's digits in an order drawn by seed; a row of 8 pixels in [0, 1] is a token."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(seed).permutation(len(digits.target))
+    return (digits.images[order] / 16).astype(np.float32), digits.target[order].astype(np.int32)
+
+
+class RowClassifier(nnx.Module):
+    """images [B, T, width] -> logits [B, classes]: rows as tokens through an encoder, then their mean.
+
+    config: of the layers; positions are learned.
+    """
+
+    def __init__(self, config: LayerConfig, *, length: int = 8, width: int = 8, classes: int = 10, rngs: nnx.Rngs):
+        self.embed = linear(width, config.dim, (None, "embed"), use_bias=True, rngs=rngs)
+        self.positions = LearnedPositions(length, config.dim, rngs=rngs)
+        self.layers = Stack(layer_maker(config, rngs, causal=False), config.num_layers)
+        self.norm = norm(config.norm, config.dim, rngs=rngs) if config.norm_first else None
+        self.head = linear(config.dim, classes, ("embed", None), use_bias=True, rngs=rngs)
+
+    def tokens(self, images: Float[Array, "B T width"]) -> Float[Array, "B T D"]:
+        """What the first layer is given."""
+        return self.embed(images) + self.positions(jnp.arange(images.shape[1]))
+
+    def __call__(self, images: Float[Array, "B T width"]) -> Float[Array, "B classes"]:
+        x = self.layers(self.tokens(images))
+        return self.head((x if self.norm is None else self.norm(x)).mean(1))
+
+
+def label_loss(model: nnx.Module, batch: tuple[Array, Array]) -> Float[Array, ""]:
+    """Mean cross-entropy in nats of (inputs, labels)."""
+    inputs, labels = batch
+    return optax.softmax_cross_entropy_with_integer_labels(model(inputs), labels).mean()  # type: ignore[operator]

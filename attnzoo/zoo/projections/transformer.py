@@ -111,6 +111,10 @@ class GroupedQueryAttention(Mixer):
         """
         return self.out(o)
 
+    def call_arguments(self, crosses: bool) -> dict[str, Any]:
+        """The same for one call, which attends to a memory or does not; for exhibits that tell the two apart."""
+        return self.attention_arguments()
+
     def _mask(self, mask: Any) -> Any:
         return both(Causal() if self.causal else None, mask)
 
@@ -160,7 +164,7 @@ class GroupedQueryAttention(Mixer):
             mask=self._mask(mask),
             q_positions=sequence,
             kv_positions=sequence if memory is None else None,
-            **self.attention_arguments(),
+            **self.call_arguments(crosses=memory is not None),
             **options,
         )
 
@@ -168,6 +172,16 @@ class GroupedQueryAttention(Mixer):
     def _on_grid(self) -> bool:
         """Whether positions are coordinates, which masks do not compare."""
         return self.positions is not None and self.positions.num_axes > 1
+
+    def cache_spec(self) -> dict[str, Any]:
+        """What one token leaves behind, as `core.cache.init_cache` takes it."""
+        one = (self.qkv.num_kv_heads, self.qkv.head_dim)
+        return {"k": one, "v": one}
+
+    def cache_entries(self, x: Float[Array, "B T D"], positions: Int[Array, "..."] | None = None) -> dict[str, Array]:
+        """What tokens leave behind, [B, T, K, ...]. positions: None for a memory, whose keys are not rotated."""
+        k = self.qkv.key(x)
+        return {"k": k if positions is None else self._rotate(k, positions), "v": self.qkv.value(x)}
 
     def init_cache(
         self,
@@ -184,8 +198,7 @@ class GroupedQueryAttention(Mixer):
         Raises ValueError for a mixer that is neither causal nor given a memory: its earlier outputs would
         depend on later tokens.
         """
-        heads, width = self.qkv.num_kv_heads, self.qkv.head_dim
-        spec = {"k": (heads, width), "v": (heads, width)}
+        spec = self.cache_spec()
         if memory is None:
             if not self.causal:
                 raise ValueError("causal: only a mixer built with causal=True, or given a memory, can decode")
@@ -197,7 +210,7 @@ class GroupedQueryAttention(Mixer):
                 f"got {memory_mask.shape}"
             )
         cache = init_cache(batch, memory.shape[1], spec, dtype=dtype or self.cache_dtype)
-        cache = append(cache, {"k": self.qkv.key(memory), "v": self.qkv.value(memory)})
+        cache = append(cache, self.cache_entries(memory))
         if memory_mask is None:
             return cache
         return dataclasses.replace(cache, pos=jnp.where(memory_mask[:, None, :], cache.pos, EMPTY))
@@ -214,9 +227,9 @@ class GroupedQueryAttention(Mixer):
         positions = cache.next_positions(x.shape[1])
         q = self._rotate(self.qkv.query(x), positions)
         if self.causal:
-            k, v = self._rotate(self.qkv.key(x), positions), self.qkv.value(x)
-            cache = append(cache, {"k": k, "v": v}, lengths)
-        o = cached_attention(q, cache, q_positions=positions, mask=self._mask(mask), **self.attention_arguments())
+            cache = append(cache, self.cache_entries(x, positions), lengths)
+        arguments = self.call_arguments(crosses=not self.causal)
+        o = cached_attention(q, cache, q_positions=positions, mask=self._mask(mask), **arguments)
         return self.merge(o, x), cache
 
 

@@ -1,0 +1,301 @@
+"""Gaussian Adaptive Attention is All You Need (Ioannides et al., 2024, arXiv 2401.11143).
+
+Attention without queries or keys, over one axis of a tensor of any rank: every element is weighted by how likely it is under
+a product of Gaussians, whose means are learned offsets from the sample's own mean along that axis. It re-scales features of
+a frozen encoder before they are pooled.
+
+Each of N heads takes one chunk u of the axis (n = length // N elements; the last head takes what is left too) and has
+offsets delta [M] and scales c [M] for M Gaussians:
+
+    mu  = mean(u),   var = Σ (u - mu)² / (n - 1) + eps         of this sample and chunk                (paper §3)
+    y_k = (u - (mu + delta_k)) / sqrt(var)
+    m   = Π_k exp(-y_k² / (2 c_k²)) / sqrt(2 pi c_k²)          a product, not a sum
+    m   = m / Σ m                                              over the chunk
+    out = u · m
+
+A Gaussian block is L such layers, x <- layer(x) + x. The importance factor of a feature i is its mean weight a_i over
+samples, IF_i = (a_i - min a) / (max a - min a).
+
+The product underflows for many Gaussians, so log m is normalised by a softmax instead, in which constants cancel. With
+z = (u - mu) / sqrt(var) and sigma = sqrt(var), what is left of it has two coefficients, whatever M is:
+
+    log m = -A z² + 2 B z / sigma,     A = Σ_k 1 / (2 c_k²),   B = Σ_k delta_k / (2 c_k²)
+
+since a product of Gaussians is a Gaussian. mode="reference" multiplies and divides as the authors' code does, with its
+clamp at eps.
+
+Costs: an exponent per element (M of them in the authors' form), 2 M parameters per head, nothing to cache.
+
+The equations follow the authors' package `gaussian-adaptive-attention`; the importance factor follows the paper.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from attnzoo.errors import unknown
+from attnzoo.nn.linear import linear, named
+from attnzoo.paper import Paper
+
+MODES = ("log", "reference")
+
+
+def gaussian_weights(
+    u: Float[Array, "..."],
+    delta: Float[Array, " M"],
+    c: Float[Array, " M"],
+    *,
+    axis: int = -1,
+    where: Bool[Array, "..."] | None = None,
+    exact_padding: bool = False,
+    mode: str = "log",
+    eps: float = 1e-8,
+) -> Float[Array, "..."]:
+    """The weights m of one head, in float32 or wider; they sum to 1 along `axis`.
+
+    where: True at what is not padding; broadcasts to u. Padding enters mean and variance as zeros, counts in n, and has
+        weights by its value, as in the authors' code. exact_padding: it takes no part instead and has weight 0.
+
+    Raises ValueError for fewer than two elements along the axis, which have no variance, and an unknown mode.
+    """
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    n = u.shape[axis]
+    if n < 2:
+        raise ValueError(f"u: a variance needs at least 2 elements along axis {axis}, got shape {u.shape}")
+    u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+    real = None if where is None else jnp.broadcast_to(where, u.shape)
+    if real is not None and exact_padding:
+        count = real.sum(axis, keepdims=True)
+        mu = jnp.where(real, u, 0).sum(axis, keepdims=True) / jnp.maximum(count, 1)
+        var = jnp.where(real, (u - mu) ** 2, 0).sum(axis, keepdims=True) / jnp.maximum(count - 1, 1) + eps
+    else:
+        known = u if real is None else jnp.where(real, u, 0)
+        mu, var = known.mean(axis, keepdims=True), known.var(axis, ddof=1, keepdims=True) + eps
+    counted = real if exact_padding else None
+    delta, c, sigma = jnp.asarray(delta), jnp.asarray(c), jnp.sqrt(var)
+    if mode == "log":
+        precision = 1 / (2 * c**2)
+        z = (u - mu) / sigma
+        s = -precision.sum() * z**2 + 2 * (precision * delta).sum() * z / sigma
+        # A chunk that is all padding has no weights, and softmax would make NaN of them.
+        m = jax.nn.softmax(s, axis, where=counted)
+        return m if counted is None else jnp.where(counted, m, 0)
+    m = jnp.ones_like(u)
+    for delta_k, c_k in zip(delta, c, strict=True):
+        y = (u - (mu + delta_k)) / sigma
+        m = m * jnp.exp(-(y**2) / (2 * c_k**2)) / jnp.sqrt(2 * jnp.pi * c_k**2)
+    m = m if counted is None else jnp.where(counted, m, 0)
+    return m / jnp.maximum(m.sum(axis, keepdims=True), eps)
+
+
+class GaussianAdaptiveAttention(nnx.Module):
+    """One head, over the whole of `axis`: x of rank 2 or more -> u · m of the same shape.
+
+    num_gaussians: M. delta starts at 0, c at exp(N(0, 1)).
+    axis: attended over. padding_value: elements equal to it are padding and pass through unchanged; None: there is none.
+    exact_padding, mode, eps: as in `gaussian_weights`.
+
+    Raises ValueError for fewer than one Gaussian, an axis that x does not have, and fewer than 2 elements along it.
+    """
+
+    def __init__(
+        self,
+        num_gaussians: int = 5,
+        *,
+        axis: int = -1,
+        padding_value: float | None = None,
+        exact_padding: bool = False,
+        mode: str = "log",
+        eps: float = 1e-8,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if num_gaussians < 1:
+            raise ValueError(f"num_gaussians: must be at least 1, got {num_gaussians}")
+        if mode not in MODES:
+            raise unknown("mode", mode, MODES)
+        if exact_padding and padding_value is None:
+            raise ValueError("exact_padding: needs a padding_value, which says what is padding")
+        self.axis, self.padding_value = axis, padding_value
+        self.exact_padding, self.mode, self.eps = exact_padding, mode, eps
+        self.delta = nnx.Param(jnp.zeros(num_gaussians, param_dtype), **named(None))
+        self.c = nnx.Param(jnp.exp(jax.random.normal(rngs.params(), (num_gaussians,), param_dtype)), **named(None))
+
+    def _real(self, x: Array) -> Bool[Array, "..."] | None:
+        return None if self.padding_value is None else x != self.padding_value
+
+    def weights(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """m, in float32 or wider and in the shape of x."""
+        return gaussian_weights(
+            x,
+            self.delta[...],
+            self.c[...],
+            axis=_checked_axis(x, self.axis),
+            where=self._real(x),
+            exact_padding=self.exact_padding,
+            mode=self.mode,
+            eps=self.eps,
+        )
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y, real = (x * self.weights(x)).astype(x.dtype), self._real(x)
+        return y if real is None else jnp.where(real, y, x)
+
+
+class MultiHeadGaussianAdaptiveAttention(nnx.Module):
+    """N heads, each over a contiguous chunk of `axis`: x of rank 2 or more -> the same shape.
+
+    num_heads: N. num_gaussians: M of each head. options: as in `GaussianAdaptiveAttention`.
+    There is no output projection; heads never mix.
+
+    Raises ValueError where a chunk would have fewer than 2 elements.
+    """
+
+    def __init__(self, num_heads: int = 4, num_gaussians: int = 5, *, axis: int = -1, rngs: nnx.Rngs, **options: Any):
+        if num_heads < 1:
+            raise ValueError(f"num_heads: must be at least 1, got {num_heads}")
+        self.axis = axis
+        self.heads = nnx.List(
+            [GaussianAdaptiveAttention(num_gaussians, axis=axis, rngs=rngs, **options) for _ in range(num_heads)]
+        )
+
+    def _chunks(self, x: Array) -> list[Array]:
+        axis, count = _checked_axis(x, self.axis), len(self.heads)
+        size = x.shape[axis] // count
+        if size < 2:
+            raise ValueError(
+                f"x: {count} heads share the {x.shape[axis]} elements of axis {self.axis} of {x.shape}, and each needs at "
+                f"least 2; give at most {max(x.shape[axis] // 2, 1)} heads, or an axis of {2 * count} or more elements"
+            )
+        return jnp.split(x, [size * i for i in range(1, count)], axis)
+
+    def weights(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """m of every head on its chunk; they sum to N along the axis."""
+        return jnp.concatenate([head.weights(u) for head, u in zip(self.heads, self._chunks(x), strict=True)], self.axis)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.concatenate([head(u) for head, u in zip(self.heads, self._chunks(x), strict=True)], self.axis)
+
+
+class GaussianBlock(nnx.Module):
+    """x <- layer(x) + x through L layers; the shape stays.
+
+    num_layers: L. axes, num_heads, num_gaussians: one number for all layers, or one per layer.
+    options: as in `GaussianAdaptiveAttention`.
+
+    Raises ValueError for sequences that have not one entry per layer.
+    """
+
+    def __init__(
+        self,
+        num_layers: int = 3,
+        *,
+        axes: int | Sequence[int] = -1,
+        num_heads: int | Sequence[int] = 4,
+        num_gaussians: int | Sequence[int] = 5,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        given = {"axes": axes, "num_heads": num_heads, "num_gaussians": num_gaussians}
+        each = {name: (value,) * num_layers if isinstance(value, int) else tuple(value) for name, value in given.items()}
+        for name, entries in each.items():
+            if len(entries) != num_layers:
+                raise ValueError(f"{name}: one number, or one for each of the {num_layers} layers, got {given[name]}")
+        self.layers = nnx.List(
+            [
+                MultiHeadGaussianAdaptiveAttention(heads, gaussians, axis=axis, rngs=rngs, **options)
+                for axis, heads, gaussians in zip(*each.values(), strict=True)
+            ]
+        )
+
+    def weights(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+        """m of every layer, each on what the layers before made of x."""
+        inputs = itertools.accumulate(self.layers, lambda h, layer: layer(h) + h, initial=x)
+        return [layer.weights(h) for layer, h in zip(self.layers, inputs, strict=False)]
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        for layer in self.layers:
+            x = layer(x) + x
+        return x
+
+
+def importance_factor(weights: Float[Array, "..."], axis: int = -1) -> Float[Array, " D"]:
+    """How much weight each feature along `axis` gets, between 0 (least) and 1 (most); all 0 if all get the same.
+
+    weights: of a trained layer over many samples; averaged over all axes but this one.
+    """
+    a = jnp.moveaxis(weights, axis, -1).reshape(-1, weights.shape[axis]).mean(0)
+    spread = a.max() - a.min()
+    return (a - a.min()) / jnp.where(spread > 0, spread, 1)
+
+
+class GATPoolHead(nnx.Module):
+    """Features of a frozen encoder, [B, ..., D] -> logits [B, num_classes] in float32.
+
+    A Gaussian block, the mean over all axes but the first and the last (time, and the encoder's layers), a linear map.
+    dim: D. options: as in `GaussianBlock`.
+    """
+
+    def __init__(self, dim: int, num_classes: int, *, rngs: nnx.Rngs, **options: Any):
+        self.block = GaussianBlock(rngs=rngs, **options)
+        self.out = linear(dim, num_classes, ("embed", None), use_bias=True, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "B ... D"]) -> Float[Array, "B classes"]:
+        x = self.block(features)
+        return self.out(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)).astype(jnp.float32)
+
+
+def _checked_axis(x: Array, axis: int) -> int:
+    """The axis counted from the front."""
+    if x.ndim < 2 or not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"x: needs at least 2 axes, and axis {axis} among them, got shape {x.shape}")
+    return axis % x.ndim
+
+
+def _picture(axes: Any) -> None:
+    """The weight of an element by how far it is from the sample's mean."""
+    u = np.linspace(-3, 3, 201, dtype=np.float32)
+    u = u / u.std(ddof=1)
+    for delta, c in (((0.0,), (1.0,)), ((0.0, 0.0), (1.0, 1.0)), ((0.0, 1.5), (1.0, 1.0)), ((1.5, 2.0), (2.0, 3.0))):
+        m = gaussian_weights(jnp.asarray(u), jnp.asarray(delta), jnp.asarray(c))
+        axes.plot(u, m, label=f"delta {delta}, c {c}")
+    axes.set(xlabel="distance from the sample's mean (standard deviations)", ylabel="weight")
+    axes.legend(fontsize=8)
+
+
+PAPER = Paper(
+    9,
+    "gaam",
+    "Gaussian Adaptive Attention is All You Need: Robust Contextual Representations Across Multiple Modalities",
+    "normalizers",
+    builds=(
+        gaussian_weights,
+        GaussianAdaptiveAttention,
+        MultiHeadGaussianAdaptiveAttention,
+        GaussianBlock,
+        importance_factor,
+        GATPoolHead,
+    ),
+    picture=_picture,
+    costs={"parameters per layer": "2 * N * M", "exponents per layer": "B * T * D", "cache numbers per token": "0"},
+    code="gioannides/Gaussian-Adaptive-Attention",
+    parity=(
+        "MultiHeadGaussianAdaptiveAttention of the package gaussian-adaptive-attention, outputs and gradients, to 1e-6 in "
+        "float64 and 1e-5 in float32"
+    ),
+    notes=(
+        "Weights are normalised in log space by default: the authors' product underflows for many or narrow Gaussians, and "
+        "their clamp at 1e-8 then makes all weights nearly 0; mode='reference' keeps both. c starts log-normal; the "
+        "published package draws it from N(0, 1), whose sign does not matter but whose small values make needles. Padding "
+        "enters the statistics as zeros, as in their code; exact_padding=True leaves it out. GATPoolHead stands for the "
+        "paper's networks on WavLM, Llama 2 and BEiT features."
+    ),
+)
