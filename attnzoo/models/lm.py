@@ -1,6 +1,7 @@
 """A decoder-only language model with a slot for the mixer."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from attnzoo.models.layers import AbsolutePositions, LayerConfig, layer_maker
+from attnzoo.nn.block import Block
 from attnzoo.nn.embed import Embed, Readout
 from attnzoo.nn.linear import dropout
 from attnzoo.nn.norms import norm
@@ -41,17 +43,19 @@ class ModelCache:
 class DecoderLM(nnx.Module):
     """tokens [B, T] -> logits [B, T, V] in float32.
 
+    make_layer: i -> layer i, for models whose layers are not those that the configuration describes.
+
     `model.train()` and `model.eval()` switch dropout. Decoding is pure: caches go in and come out.
     """
 
-    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LMConfig, *, make_layer: Callable[[int], Block] | None = None, rngs: nnx.Rngs):
         self.config = config
         dim, dtypes = config.dim, config.dtypes
         self.embed = Embed(config.vocab_size, dim, rngs=rngs, **dtypes)
         self.positions = AbsolutePositions(config.positions, config.max_length, dim, rngs=rngs, **dtypes)
         self.dropout = dropout(config.dropout_rate, rngs)
         self.layers = Stack(
-            layer_maker(config, rngs, causal=True),
+            make_layer or layer_maker(config, rngs, causal=True),
             config.num_layers,
             scan=config.scan_layers,
             remat=config.remat,
