@@ -78,14 +78,14 @@ def tpa_decode(
     a_k, b_k, a_v, b_v = held
     rank, width = b_k.shape[-2:]
     f32 = {"preferred_element_type": jnp.float32}
-    logits = jnp.einsum("btrh,bsch->btrsc", b_q, b_k, **f32)
+    # Slots come first: the order in which factors are held, so that nothing of their size is transposed.
+    logits = jnp.einsum("bsch,btrh->bsctr", b_k, b_q, **f32)
     if a_q is not None:
-        logits = jnp.einsum("btnr,btrsc->btnsc", a_q.astype(jnp.float32), logits) / a_q.shape[-1]
-    # [B, T, N, S, R_k] times [B, 1, N, S, R_k]: the head factors weigh the rank-1 scores.
-    logits = (logits * jnp.moveaxis(a_k, -3, -2)[:, None]).sum(-1) / (rank * width**0.5)
-    p = jnp.swapaxes(weigh(jnp.swapaxes(logits, 1, 2)), 1, 2)  # [B, T, N, S]
-    weighted = p[..., None] * jnp.moveaxis(a_v, -3, -2)[:, None]
-    o = jnp.einsum("btnsc,bsch->btnh", weighted.astype(b_v.dtype), b_v, **f32) / b_v.shape[-2]
+        logits = jnp.einsum("bsctr,btnr->bsctn", logits, a_q.astype(jnp.float32)) / a_q.shape[-1]
+    logits = (logits * jnp.swapaxes(a_k, -1, -2)[:, :, :, None]).sum(2) / (rank * width**0.5)  # [B, S, T, N]
+    p = weigh(jnp.transpose(logits, (0, 3, 2, 1)))  # [B, N, T, S]
+    weighted = jnp.transpose(p, (0, 3, 2, 1))[..., None] * a_v[:, :, None]  # [B, S, T, N, R_v]
+    o = jnp.einsum("bstnc,bsch->btnh", weighted.astype(b_v.dtype), b_v, **f32) / b_v.shape[-2]
     return o.astype(b_v.dtype)
 
 
