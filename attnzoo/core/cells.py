@@ -118,8 +118,16 @@ def cells_of(g: Geometry, tile: Tile) -> Cells:
 
 
 def all_cells(g: Geometry) -> Cells:
-    """Coordinates of the whole ``[B, N, T, S]`` rectangle."""
-    return cells_of(g, Tile((0, 0, 0, 0), (g.batch, g.heads, g.queries, g.keys)))
+    """Coordinates of the whole ``[B, N, T, S]`` rectangle; positions as they are, without the look-ups that tiles need."""
+    bare = dataclasses.replace(g, q_positions=None, kv_positions=None)
+    cells = cells_of(bare, Tile((0, 0, 0, 0), (g.batch, g.heads, g.queries, g.keys)))
+    q, k = cells.q, cells.k
+    if g.q_positions is not None:
+        q = jnp.asarray(g.q_positions)[:, None, :, None]
+    if g.kv_positions is not None:
+        k = jnp.asarray(g.kv_positions)
+        k = (jnp.repeat(k, g.heads // g.kv_heads, axis=1) if k.shape[1] > 1 else k)[:, :, None, :]
+    return cells._replace(q=q, k=k)
 
 
 def pad_operand(op: Operand, rows: int, cols: int) -> Operand:

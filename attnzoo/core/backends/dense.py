@@ -44,6 +44,7 @@ def run(r: Request) -> Result:
     else:
         w = r.weights.rows(s, ok, g)
     dropped = w if r.dropout is None else w * keep_scale(r.dropout, cells)
-    dropped = dropped.reshape(g.batch, g.kv_heads, group, g.queries, g.keys)
-    out = jnp.einsum("bkgts,bskh->btkgh", dropped.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return Result(out.reshape(g.batch, g.queries, g.heads, -1), lse, w)
+    dropped = dropped.reshape(g.batch, g.kv_heads, group * g.queries, g.keys).astype(v.dtype)
+    # A plain product of matrices, in this order: einsum swaps the two, and XLA's CPU compiler then transposes all of v.
+    out = jnp.matmul(dropped, jnp.swapaxes(v, 1, 2), preferred_element_type=jnp.float32)
+    return Result(jnp.swapaxes(out.reshape(g.batch, g.heads, g.queries, -1), 1, 2), lse, w)

@@ -17,7 +17,7 @@ A layer that decodes is written once, for prompts (T > 1) and single tokens (T =
 - Memories of cross-attention: append once, then attend with `mask=None`.
 - The payload is any pytree of per-token arrays. A latent cache holds {"c": (1, r), "k_rope": (1, P)} and
   passes `read=lambda p: (keys, values)` to `cached_attention`; a layer that shares another's values holds
-  {"k": ...}.
+  {"k": ...}. Factors whose logits are no single product of query and key go through `cached_weights`.
 - `init_paged_cache` takes the place of `init_cache` without any other change.
 - `init_cache(..., sinks=n)` is a rolling window: decode without end in a fixed number of slots.
 - Policies that compress replace the two lines by `prefill_compress(policy, cache, q, new, lengths)` after the
@@ -28,7 +28,7 @@ Layout: projections make tokens-major [B, T, K, ·], caches hold heads-major (B,
 the token and sets `cache.overflow`.
 """
 
-from attnzoo.core.cache.attend import cached_attention, read_kv
+from attnzoo.core.cache.attend import cached_attention, cached_weights, read_kv
 from attnzoo.core.cache.decode import decode_step, prefill_compress
 from attnzoo.core.cache.layer import EMPTY, LayerCache, append, cache_bytes, init_cache
 from attnzoo.core.cache.paged import PagedCache, init_paged_cache
@@ -69,6 +69,7 @@ __all__ = [
     "average_pool",
     "cache_bytes",
     "cached_attention",
+    "cached_weights",
     "decode_step",
     "init_cache",
     "init_paged_cache",

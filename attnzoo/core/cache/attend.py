@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from attnzoo.core.attention import attention
 from attnzoo.core.cache.layer import EMPTY, LayerCache
 from attnzoo.core.masks import Causal
+from attnzoo.core.scores import Bias
 
 Read = Callable[[PyTree], tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"]]]
 """How a payload becomes keys and values, both heads-major."""
@@ -78,3 +79,35 @@ def cached_attention(
         kv_positions=pos,
         **options,
     )
+
+
+def cached_weights(
+    logits: Float[Array, "B N T S"],
+    cache: Any,
+    *,
+    q_positions: Int[Array, "B T"] | None = None,
+    mask: Any = Causal(),  # noqa: B008  (immutable)
+    **options: Any,
+) -> Float[Array, "B N T S"]:
+    """How `cached_attention` would weigh the slots under logits that are more than one product q·k; float32.
+
+    For caches of factors, whose logits the caller computes slot by slot. All T×S cells are held: meant for few
+    queries.
+
+    Args:
+        logits: scaled, of every slot in the order of `cache.view()`; what is hidden or empty may hold anything finite.
+        options: weights, ..., as in `attention`; q_positions, mask as in `cached_attention`.
+    """
+    batch, heads, length, slots = logits.shape
+    kv_heads = cache.view().pos.shape[1]
+    nothing = jnp.zeros((batch, kv_heads, slots, 1), jnp.float32)
+    return cached_attention(
+        jnp.zeros((batch, length, heads, 1), jnp.float32),
+        cache,
+        q_positions=q_positions,
+        mask=mask,
+        read=lambda _: (nothing, nothing),
+        score=Bias(logits.astype(jnp.float32)),
+        return_weights=True,
+        **{**options, "backend": "dense"},
+    )[1]

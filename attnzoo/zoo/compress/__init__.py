@@ -1,1 +1,1 @@
-"""Exhibits that turn trained models into smaller, sparser or merged ones."""
+"""Exhibits that turn trained models into others: smaller, sparser, merged, or remembering less."""
