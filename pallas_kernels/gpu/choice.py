@@ -1,0 +1,30 @@
+"""Block sizes of the GPU kernels, and what fits into the shared memory of a Hopper multiprocessor."""
+
+from __future__ import annotations
+
+from pallas_kernels.gpu.warpgroup import ROWS
+
+#: Queries of a forward tile: two warpgroups' rows.
+BLOCK_Q = 2 * ROWS
+#: Bytes of shared memory that a block may ask for (227 KiB), less what barriers and sums take.
+SHARED_BYTES = 232448 - 3072
+#: More tiles in flight than this bring nothing.
+MOST_SLOTS = 4
+
+
+def forward_bytes(width: int, value_width: int, block_k: int, slots: int) -> int:
+    """Shared memory of the forward kernel for 16-bit inputs."""
+    queries = 2 * BLOCK_Q * (width + (value_width if value_width != width else 0)) + 4 * BLOCK_Q
+    return queries + 2 * slots * block_k * (width + value_width)
+
+
+def slots(width: int, value_width: int, block_k: int) -> int:
+    """Tiles of keys and values that the forward kernel holds at once: at least 2, or 0 if they do not fit."""
+    fit = (n for n in range(MOST_SLOTS, 1, -1) if forward_bytes(width, value_width, block_k, n) <= SHARED_BYTES)
+    return next(fit, 0)
+
+
+def blocks(width: int, value_width: int) -> tuple[int, int]:
+    """Queries and keys of a tile. Accumulators of wide heads leave registers for 64 keys only."""
+    block_k = 128 if value_width <= 128 and slots(width, value_width, 128) else 64
+    return BLOCK_Q, block_k

@@ -1,0 +1,162 @@
+"""What the compiler makes of a GPU kernel, on a machine without a GPU: registers, spills, shared memory, wgmma.
+
+    python -m pallas_kernels.gpu.report [plain|causal|segments|softcap|bias ...] [--width 128] [--block-keys 128]
+
+Needs JAX's CUDA wheels (``pip install "jax[cuda13]"``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gpu import choice
+from pallas_kernels.gpu.flash import Inputs, forward
+from pallas_kernels.gpu.launch import compiling_for
+from pallas_kernels.gpu.tiles import FULL, PARTIAL, SKIP, make_tiles
+from pallas_kernels.tpu.problem import Layout, Problem
+
+#: What XLA must know of a GPU to compile for it.
+TARGETS = {
+    "h100": """
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } core_count: 132 fpus_per_core: 128
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 registers_per_block_limit: 65536
+  registers_per_core_limit: 65536 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  l2_cache_size: 52428800 device_memory_size: 84942979072 memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+}
+
+
+def parsed(ptx: str, ptxas: str, passes: str) -> dict[str, int]:
+    """The figures of one kernel from what the compiler dumped: its PTX, ptxas' report, and the log of MLIR passes.
+
+    registers are those per thread at the start; warpgroups may trade theirs later. Spills are in bytes.
+
+    Raises ValueError if a figure is not found.
+    """
+
+    def number(what: str, pattern: str, text: str) -> int:
+        found = re.search(pattern, text)
+        if found is None:
+            raise ValueError(f"the compiler's dump does not say the {what}")
+        return int(found[1])
+
+    return {
+        "registers": number("registers", r"Used (\d+) registers", ptxas),
+        "spill_stores": number("spill stores", r"(\d+) bytes spill stores", ptxas),
+        "spill_loads": number("spill loads", r"(\d+) bytes spill loads", ptxas),
+        "shared_memory": number("shared memory", r"dynamic_shared_memory_size %c(\d+)_i32", passes),
+        "threads": number("threads", r"\.maxntid (\d+)", ptx),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+    }
+
+
+def report(function: Callable[..., Any], *inputs: Any, target: str = "h100") -> dict[str, dict[str, int]]:
+    """Compile ``function`` of arrays like ``inputs`` for a named GPU; per kernel in it, the figures of :func:`parsed`."""
+    from jax.experimental import topologies
+
+    with tempfile.TemporaryDirectory() as folder, _dumping(folder):
+        topology = topologies.get_topology_desc(target, "cuda", target_config=TARGETS[target], topology="1x1x1")
+        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
+        with compiling_for("hopper"):
+            jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).compile()
+        found = {}
+        for file in sorted(Path(folder).glob("*.ptxas")):
+            texts = (file.with_suffix(end).read_text() for end in (".ptx", ".ptxas", ".mlir-passes.log"))
+            found[re.sub(r"_\d+$", "", file.stem)] = parsed(*texts)
+    return found
+
+
+@contextlib.contextmanager
+def _dumping(folder: str) -> Iterator[None]:
+    """Compile for GPUs without one, with the CUDA wheels' assembler, and dump into ``folder``."""
+    import nvidia
+
+    programs = [str(p) for root in nvidia.__path__ for p in Path(root).glob("*/bin")]
+    names = {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "MOSAIC_GPU_DUMP_TO": folder,
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_MLIR_PASSES": "1",
+        "PATH": os.pathsep.join([*programs, os.environ.get("PATH", "")]),
+    }
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def example(case: str, width: int = 128, block_k: int | None = None, length: int = 1024) -> tuple[Problem, Any, Inputs]:
+    """A problem, its tiles and the shapes of its inputs, that use one feature of the kernels: 2 sequences, 8 heads on 2."""
+    batch, heads, kv_heads = 2, 8, 2
+    block_q, wanted = choice.blocks(width, width)
+    block_k = block_k or wanted
+    mask: Any = None if case == "plain" else lambda b, h, t, s, *parts: s <= t
+    score: Any = None
+    mask_layouts, score_layouts, masks, scores = [], [], [], []
+    if case == "segments":
+        mask = lambda b, h, t, s, mine, its: (s <= t) & (mine == its)  # noqa: E731
+        mask_layouts = [Layout("row", True, False, True), Layout("column", True, False, True)]
+        masks = [jax.ShapeDtypeStruct((batch, 1, 1, length), jnp.int32)] * 2
+    elif case == "softcap":
+        score = lambda x, b, h, t, s: 20 * jnp.tanh(x / 20)  # noqa: E731
+    elif case == "bias":
+        score = lambda x, b, h, t, s, bias: x + bias  # noqa: E731
+        score_layouts = [Layout("cell", False, True, False)]
+        scores = [jax.ShapeDtypeStruct((1, heads, length, length), jnp.float32)]
+    elif case not in CASES:
+        raise ValueError(f"unknown case {case!r}; there are {', '.join(CASES)}")
+    p = Problem(
+        batch, heads, kv_heads, length, length, block_q, block_k, block_q // 2, block_k, mask, tuple(mask_layouts), score,
+        tuple(score_layouts), None, None, False, False,
+    )  # fmt: skip
+    t, s = np.arange(length // block_q)[:, None] * block_q, np.arange(length // block_k) * block_k
+    state = np.where(s > t + block_q - 1, SKIP, np.where(s + block_k - 1 <= t, FULL, PARTIAL))
+    q, k = (jax.ShapeDtypeStruct((batch, length, n, width), jnp.bfloat16) for n in (heads, kv_heads))
+    seed = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return p, make_tiles(state[None] if mask else np.full_like(state, FULL)[None]), Inputs(q, k, k, (*scores,), (*masks,), seed)
+
+
+CASES = ("plain", "causal", "segments", "softcap", "bias")
+
+
+def forward_report(case: str, width: int = 128, block_k: int | None = None, target: str = "h100") -> dict[str, int]:
+    """Figures of the forward kernel for one feature."""
+    p, tiles, x = example(case, width, block_k)
+    slots = choice.slots(width, width, p.block_k)
+    return report(lambda x: forward(p, tiles, x, slots), x, target=target)["attnzoo_flash_forward"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=["causal"], help=", ".join(CASES))
+    parser.add_argument("--width", type=int, default=128, help="head width")
+    parser.add_argument("--block-keys", type=int, help="keys of a tile (default: what the kernel would choose)")
+    parser.add_argument("--target", default="h100", choices=sorted(TARGETS))
+    options = parser.parse_args()
+    for case in options.cases:
+        print(json.dumps({"case": case, **forward_report(case, options.width, options.block_keys, options.target)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

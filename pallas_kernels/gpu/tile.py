@@ -1,0 +1,79 @@
+"""The arithmetic of a tile: plain functions of arrays that the kernels call inside, and that tests call outside.
+
+Every array has as many axes as it is written with here; two-dimensional ones are ``[rows, columns]`` of the logits. Only
+operations that a warpgroup can do on its registers are used: elementwise ones, sums and maxima along columns, and
+broadcasts along columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.tpu.problem import HIDDEN, HIDDEN_BELOW, LOG2E, Problem
+
+
+class Running(NamedTuple):
+    """Of some rows, over the tiles so far: the sum of weighted values ``[rows, Hv]``, the largest logit and the sum of
+    weights relative to it ``[rows]``, all float32."""
+
+    acc: Any
+    top: Any
+    total: Any
+
+
+def across(x: Any, shape: tuple[int, int]) -> Any:
+    """``[rows]`` as ``[rows, columns]``."""
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def down(x: Any, shape: tuple[int, int]) -> Any:
+    """``[columns]`` as ``[rows, columns]``."""
+    return lax.broadcast_in_dim(x, shape, (1,))
+
+
+def scored(p: Problem, s: Any, b: Any, h: Any, t: Any, k: Any, parts: list[Any]) -> Any:
+    """Logits with the score applied; t and k are query and key numbers ``[rows, columns]``."""
+    return s if p.score is None else jnp.broadcast_to(p.score(s, b, h, t, k, *parts), s.shape)
+
+
+def hidden(p: Problem, s: Any, b: Any, h: Any, t: Any, k: Any, parts: list[Any]) -> Any:
+    """Logits with HIDDEN at cells that may not be seen."""
+    ok = k < p.keys if p.padded[1] != p.keys else None
+    if p.mask is not None:
+        seen = jnp.broadcast_to(p.mask(b, h, t, k, *parts), s.shape)
+        ok = seen if ok is None else ok & seen
+    return s if ok is None else jnp.where(ok, s, jnp.full_like(s, HIDDEN))
+
+
+def weigh(p: Problem, s: Any, top: Any, total: Any) -> tuple[Any, Any, Any, Any]:
+    """Weights of a tile, the factor ``[rows]`` that the sums so far shrink by, and the new top and total.
+
+    A row that has seen nothing yet counts its hidden cells with weight 1: its first visible cell shrinks them to 0, and
+    :func:`finish` drops them otherwise.
+    """
+    exp = jnp.exp2 if p.base2 else jnp.exp
+    now = jnp.maximum(top, s.max(axis=1))
+    shrink = exp(top - now)
+    weight = exp(s - across(now, s.shape))
+    return weight, shrink, now, total * shrink + weight.sum(axis=1)
+
+
+def pointwise(p: Problem, s: Any) -> Any:
+    """Weights of a tile under a map that looks at one logit at a time."""
+    assert p.phi is not None
+    return jnp.where(s > HIDDEN_BELOW, p.phi(s), jnp.zeros_like(s))
+
+
+def finish(p: Problem, r: Running) -> tuple[Any, Any]:
+    """The result ``[rows, Hv]`` and the log-sum-exp ``[rows]`` (natural; zeros for pointwise maps), float32. Rows that saw
+    nothing: 0 and -inf."""
+    if p.phi is not None:
+        return r.acc, jnp.zeros_like(r.top)
+    seen = r.top > HIDDEN_BELOW
+    safe = jnp.where(seen, r.total, jnp.ones_like(r.total))
+    scale = jnp.where(seen, 1.0 / safe, jnp.zeros_like(safe))
+    log = (r.top * (1 / LOG2E) if p.base2 else r.top) + jnp.log(safe)
+    return r.acc * across(scale, r.acc.shape), jnp.where(seen, log, jnp.full_like(log, -jnp.inf))

@@ -1,0 +1,81 @@
+"""What a warpgroup does with its registers: products, loads, and the numbers of its cells, on the chip or simulated.
+
+On the chip every two-dimensional value lies in registers as wgmma leaves its results, and vectors along its rows or columns
+as a sum over the other axis would. The simulator knows no layouts and no wgmma: there the same functions are plain JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.launch import simulated
+
+#: Rows of a product: what one wgmma has.
+ROWS = 64
+TILE = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def laid(x: Any, layout: Any) -> Any:
+    return x if simulated() else plgpu.layout_cast(x, layout)
+
+
+def filled(shape: tuple[int, ...], value: float) -> Any:
+    """A tile, or a vector along its rows."""
+    return laid(jnp.full(shape, value, jnp.float32), TILE if len(shape) == 2 else PER_ROW)
+
+
+def numbers(shape: tuple[int, int], axis: int, start: Any) -> Any:
+    """``start + index along the axis``, int32."""
+    return laid(lax.broadcasted_iota(jnp.int32, shape, axis), TILE) + start
+
+
+def read(ref: Any, index: tuple[Any, ...], layout: Any) -> Any:
+    """A piece of shared or global memory."""
+    return ref[index] if simulated() else plgpu.load(ref, index, layout=layout, optimized=False)
+
+
+def shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for operands of products: swizzled over as many bytes as a row has, at most 128."""
+    width = min(shape[-1] * jnp.dtype(dtype).itemsize, 128)
+    transforms = (plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def product(a: Any, b: Any, issued: Callable[[], None] = lambda: None) -> Any:
+    """``a [rows, n] · b [columns, n]ᵀ`` in float32; ``issued`` runs once the product is under way."""
+    if simulated():
+        issued()
+        return _dot(a[...], b[...].T)
+
+    def start(acc: Any) -> Any:
+        plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+        issued()
+        return acc[...]
+
+    return pl.run_scoped(start, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+
+def add_product(acc: Any, a: Any, b: Any, issued: Callable[[], None] = lambda: None) -> Any:
+    """``acc + a · b`` with ``a [rows, n]`` in registers and ``b [n, columns]`` in shared memory."""
+    if simulated():
+        issued()
+        return acc + _dot(a, b[...])
+
+    def start(ref: Any) -> None:
+        plgpu.wgmma(ref, a, b)
+        issued()
+
+    return pl.run_state(start)(plgpu.ACC.init(acc))
+
+
+def _dot(a: Any, b: Any) -> Any:
+    return jax.lax.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)

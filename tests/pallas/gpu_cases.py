@@ -1,0 +1,129 @@
+"""Problems for the GPU kernels, and what they should give, in float64 from the definition."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gpu.flash import Inputs
+from pallas_kernels.gpu.tiles import FULL, PARTIAL, SKIP
+from pallas_kernels.tpu.problem import LOG2E, Layout, Problem, laid_out
+
+
+@dataclasses.dataclass
+class Case:
+    p: Problem
+    state: np.ndarray
+    x: Inputs
+    score_operands: tuple[Any, ...]
+    out: np.ndarray
+    lse: np.ndarray | None
+
+
+def case(
+    batch=1, heads=1, kv_heads=1, queries=128, keys=128, width=64, value_width=64, block_k=64, mask=None, masks=(),
+    score=None, scores=(), phi=None, keep=None, seed=0,
+) -> Case:  # fmt: skip
+    """masks, scores: operands ``[B|1, N|1, T|1, S|1]``. Tiles are as exact as the cells; lengths need not be whole blocks."""
+    rng = np.random.default_rng(seed)
+    block_q = 128
+    base = Problem(
+        batch, heads, kv_heads, queries, keys, block_q, block_k, 64, block_k, mask, layouts(masks), score, layouts(scores),
+        phi, keep, False, False,
+    )  # fmt: skip
+    rows, columns = base.padded
+    q, k, v = (
+        jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+        for s in ((batch, queries, heads, width), (batch, keys, kv_heads, width), (batch, keys, kv_heads, value_width))
+    )
+    scale = width**-0.5 * (LOG2E if base.base2 else 1.0)
+    q = (q * scale).astype(jnp.bfloat16)
+    b, h, t, s = np.ogrid[:batch, :heads, :queries, :keys]
+    ok = np.broadcast_to(True if mask is None else np.asarray(mask(b, h, t, s, *masks)), (batch, heads, queries, keys))
+    per_batch, per_head = bool((ok != ok[:1]).any()), bool((ok != ok[:, :1]).any())
+    p = dataclasses.replace(base, per_batch=per_batch, per_head=per_head)
+    lists = np.pad(ok[: batch if per_batch else 1, : heads if per_head else 1], ((0, 0), (0, 0), (0, 0), (0, columns - keys)))
+    lists = np.pad(lists, ((0, 0), (0, 0), (0, rows - queries), (0, 0)), mode="edge")
+    cells = lists.reshape(*lists.shape[:2], rows // block_q, block_q, columns // block_k, block_k).swapaxes(3, 4)
+    state = np.where(cells.all((-1, -2)), FULL, np.where(cells.any((-1, -2)), PARTIAL, SKIP))
+
+    qf, kf, vf = (np.asarray(x, np.float64) for x in (q, k, v))
+    kf, vf = (np.repeat(x, heads // kv_heads, 2) for x in (kf, vf))
+    logits = np.einsum("btnh,bsnh->bnts", qf, kf) / (LOG2E if base.base2 else 1.0)
+    if score is not None:
+        logits = np.asarray(score(logits, b, h, t, s, *scores), np.float64)
+    if phi is not None:
+        weights, lse = np.where(ok, np.asarray(phi(logits), np.float64), 0), None
+    else:
+        top = np.where(ok, logits, -np.inf).max(-1, keepdims=True)
+        e = np.where(ok, np.exp(logits - np.where(np.isfinite(top), top, 0)), 0)
+        total = e.sum(-1, keepdims=True)
+        weights = e / np.where(total > 0, total, 1)
+        with np.errstate(divide="ignore"):
+            lse = (np.where(np.isfinite(top), top, 0) + np.log(total))[..., 0]
+    if keep is not None:
+        weights = weights * np.asarray(keep(jnp.int32(3), jnp.int32(4), b, h, t, s))
+    out = np.einsum("bnts,bsnh->btnh", weights, vf)
+    pad = [(0, 0), (0, rows - queries), (0, 0), (0, 0)], [(0, 0), (0, columns - keys), (0, 0), (0, 0)]
+    # What lies past the end must not matter: the padding of keys is large, not zero.
+    x = Inputs(
+        jnp.pad(q, pad[0]), jnp.pad(k, pad[1], constant_values=9), jnp.pad(v, pad[1]),
+        tuple(laid_out(p, jnp.asarray(o), layout) for o, layout in zip(scores, p.score_layouts, strict=True)),
+        tuple(laid_out(p, jnp.asarray(o), layout) for o, layout in zip(masks, p.mask_layouts, strict=True)),
+        jnp.array([3, 4], jnp.int32),
+    )  # fmt: skip
+    if keys != columns:
+        state[..., -1] = np.where(state[..., -1] == FULL, PARTIAL, state[..., -1])
+    return Case(p, state, x, tuple(scores), out, lse)
+
+
+def layouts(operands) -> tuple[Layout, ...]:
+    forms = {(False, False): "one", (True, False): "row", (False, True): "column", (True, True): "cell"}
+    return tuple(
+        Layout(forms[x.shape[2] > 1, x.shape[3] > 1], x.shape[0] > 1, x.shape[1] > 1, x.dtype.kind != "f") for x in operands
+    )
+
+
+def numbers(*shape, seed=1):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def causal(b, h, t, s):
+    return s <= t
+
+
+def segments(b, h, t, s, mine, its):
+    return (s <= t) & (mine == its)
+
+
+def segment_operands(batch, queries, keys, seed=0):
+    ids = np.sort(np.random.default_rng(seed).integers(0, 3, (batch, max(queries, keys))), axis=-1).astype(np.int32)
+    return ids[:, None, :queries, None], ids[:, None, None, :keys]
+
+
+def some_dropout(seed0, seed1, b, h, t, s):
+    """A stand-in for dropout: keeps two of three cells, by arithmetic on their numbers and the seed."""
+    return jnp.where((t * 7 + s * 5 + h * 3 + seed0 + seed1) % 3 != 0, 1.5, 0.0).astype(jnp.float32)
+
+
+CASES = {
+    "plain": lambda: case(queries=128, keys=128),
+    "causal": lambda: case(queries=256, keys=256, mask=causal),
+    "ragged lengths": lambda: case(queries=100, keys=90, mask=lambda b, h, t, s: s <= t + 20),
+    "grouped heads, packed documents": lambda: case(batch=2, heads=2, mask=segments, masks=segment_operands(2, 128, 128)),
+    "rows without tiles": lambda: case(queries=256, mask=lambda b, h, t, s: (s <= t) & (t >= 130)),
+    "heads with masks of their own": lambda: case(heads=2, keys=192, mask=lambda b, h, t, s: s < 64 * (h + 1)),
+    "cell mask": lambda: case(mask=lambda b, h, t, s, c: c != 0, masks=(numbers(1, 1, 128, 128) > 0.2,)),
+    "cell bias": lambda: case(
+        heads=2, score=lambda x, b, h, t, s, bias, one: x + bias * one, mask=causal,
+        scores=(numbers(1, 2, 128, 128), numbers(1, 1, 1, 1)),
+    ),
+    "row and column scores": lambda: case(
+        score=lambda x, b, h, t, s, row, column: jnp.tanh(x) * row + column,
+        scores=(numbers(1, 1, 128, 1), numbers(1, 1, 1, 128, seed=2)),
+    ),
+    "pointwise weights": lambda: case(keys=90, phi=lambda x: x * x, mask=causal),
+    "dropout": lambda: case(keep=some_dropout),
+    "values of another width": lambda: case(width=128, value_width=64),
+}  # fmt: skip

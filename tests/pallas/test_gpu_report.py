@@ -1,0 +1,61 @@
+"""What the compiler makes of the GPU kernels: the reader of its dumps, and, where JAX's CUDA wheels are, the figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.gpu.report import CASES, example, parsed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PTX = """
+.target sm_90a
+.visible .entry attnzoo_flash_forward_mosaic_gpu_kernel(
+.maxntid 384, 1, 1
+\twgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, p, 1, 1, 0, 0;
+\twgmma.commit_group.sync.aligned;
+\twgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, p, 1, 1, 0, 0;
+"""
+PTXAS = """
+ptxas info    : Compiling entry function 'attnzoo_flash_forward_mosaic_gpu_kernel' for 'sm_90a'
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+"""
+PASSES = "gpu.launch async [%0] blocks(%arg2) threads(%arg5) dynamic_shared_memory_size %c84056_i32 {"
+
+
+def test_figures_are_read_from_dumps():
+    assert parsed(PTX, PTXAS, PASSES) == {
+        "registers": 168, "spill_stores": 4, "spill_loads": 12, "shared_memory": 84056, "threads": 384, "wgmma": 2,
+    }  # fmt: skip
+
+
+def test_a_figure_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="does not say the shared memory"):
+        parsed(PTX, PTXAS, "")
+
+
+def test_an_unknown_case_is_refused():
+    with pytest.raises(ValueError, match="unknown case 'casual'; there are plain, causal"):
+        example("casual")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_forward_kernel_compiles_for_hopper_without_spills(width):
+    pytest.importorskip("jax_cuda13_plugin")
+    pytest.importorskip("nvidia")
+    done = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.gpu.report", *CASES, "--width", str(width)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [f["case"] for f in figures] == list(CASES)
+    for f in figures:
+        assert f["spill_stores"] == f["spill_loads"] == 0, f
+        assert f["wgmma"] > 0, f
