@@ -1,7 +1,8 @@
 """What is done to queries and keys by position: rotary embeddings, sinusoids, ALiBi's slopes.
 
 Everything here is a pure function or a frozen dataclass without arrays, so it can be closed over, hashed
-and compared. Angles are float32 whatever the dtype of what is rotated.
+and compared; what needs arrays implements `Positions` or `PositionPlan` elsewhere. Angles are float32
+whatever the dtype of what is rotated.
 
 Sources: RoPE, Su et al. 2021 (arXiv 2104.09864); linear interpolation, Chen et al. 2023 (arXiv 2306.15595);
 YaRN and NTK-aware scaling, Peng et al. 2023 (arXiv 2309.00071); sinusoids, Vaswani et al. 2017 §3.5;
@@ -11,7 +12,7 @@ ALiBi, Press et al. 2021 (arXiv 2108.12409).
 import functools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +262,33 @@ class RoPE:
             a, b = jnp.split(f32, 2, axis=-1)
             turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         return turned.astype(x.dtype)
+
+
+class Positions(Protocol):
+    """What a mixer does to its queries and keys; `RoPE` is one."""
+
+    @property
+    def num_axes(self) -> int:
+        """1 for sequences; positions on a grid have a trailing axis of this size."""
+        ...
+
+    def rotate(self, x: Float[Array, "*B T N H"], pos: Int[Array, "..."]) -> Float[Array, "*B T N H"]:
+        """x [*B, T, N, H] at positions pos [T] or [*B, T]; queries and keys may have different numbers of heads."""
+        ...
+
+
+class PositionPlan(Protocol):
+    """Positions that hold arrays of every layer's own (tables per head, drawn or learned): built where heads are known."""
+
+    def build(self, num_heads: int, head_dim: int, *, rngs: Any) -> Positions:
+        """num_heads: of the keys; query heads of one group are treated alike. rngs: of the module that is being built."""
+        ...
+
+
+def positions_for(positions: Positions | PositionPlan | None, num_heads: int, head_dim: int, *, rngs: Any) -> Positions | None:
+    """What a mixer with these (key) heads keeps of its argument `positions`: a plan is built, all else stays."""
+    build = getattr(positions, "build", None)
+    return positions if build is None else build(num_heads, head_dim, rngs=rngs)  # type: ignore[return-value]
 
 
 def grid_positions(*sizes: int) -> Int[Array, "cells axes"]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from attnzoo.core.positions import RoPE, sinusoidal_positions
+from attnzoo.core.positions import PositionPlan, Positions, RoPE, sinusoidal_positions
 from attnzoo.errors import unknown
 from attnzoo.models.factory import make_mixer
 from attnzoo.nn.block import Block
@@ -43,7 +43,7 @@ class LayerConfig:
     mlp_dim: F, by default 4·D (8/3·D for "swiglu"). mlp: "swiglu", "gelu", "silu" or "relu".
     mixer: key of the exhibit that mixes tokens. mixer_args: its own arguments.
     norm: "rms" or "layer". norm_first: pre-norm (with a final norm) or post-norm (without).
-    positions: "rope", "learned", "sinusoidal" or "none".
+    positions: "rope", "learned", "sinusoidal" or "none"; or what the mixers are to apply to queries and keys.
     use_bias: on the feed-forward maps (attention's biases are a mixer argument).
     dropout_rate: of embeddings and of what each part adds; mlp_dropout_rate of hidden units. Attention
         weights have a rate of their own, mixer_args={"dropout_rate": ...}.
@@ -62,7 +62,7 @@ class LayerConfig:
     mixer_args: Mapping[str, Any] = field(default_factory=dict)
     norm: str = "rms"
     norm_first: bool = True
-    positions: str = "rope"
+    positions: str | Positions | PositionPlan = "rope"
     use_bias: bool = False
     dropout_rate: float = 0.0
     mlp_dropout_rate: float = 0.0
@@ -72,7 +72,7 @@ class LayerConfig:
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.positions not in POSITIONS:
+        if isinstance(self.positions, str) and self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS)
         object.__setattr__(self, "mixer_args", Arguments(self.mixer_args))
 
@@ -96,7 +96,8 @@ def layer_maker(
     make_cross: Callable[[], Mixer] | None = None,
 ) -> Callable[[int], Block]:
     """i -> layer i of a stack. rope: of the mixers when config.positions is "rope" (default `RoPE()`)."""
-    positions = (rope or RoPE()) if config.positions == "rope" else None
+    named = {"rope": rope or RoPE()}
+    positions = named.get(config.positions) if isinstance(config.positions, str) else config.positions
 
     def make(i: int) -> Block:
         mixer = make_mixer(
@@ -138,10 +139,10 @@ def layer_maker(
 class AbsolutePositions(nnx.Module):
     """What is added to token vectors by position: learned, sinusoidal (interleaved), or nothing.
 
-    "rope" adds nothing here: it is done to queries and keys.
+    Any other kind adds nothing here: it is done to queries and keys.
     """
 
-    def __init__(self, kind: str, length: int, dim: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, kind: str | Positions | PositionPlan, length: int, dim: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.kind = kind
         if kind == "learned":
             self.table = LearnedPositions(length, dim, rngs=rngs, **dtypes)

@@ -18,7 +18,8 @@ class Mixer(nnx.Module):
 
         Mixer(dim, num_heads, *, causal=False, positions=None, dtype=None, param_dtype=jnp.float32, rngs, ...)
 
-    `positions` is an object of `core.positions` that is applied to queries and keys (`RoPE()`), or None.
+    `positions` is what is applied to queries and keys, or None: `RoPE()`, another object with its two methods, or a plan
+    that becomes one when the heads are known (`core.positions.positions_for`).
 
     A class says what it can do by its traits; the contract tests run by them:
 
@@ -126,10 +127,11 @@ def both(mask: Any, other: Any) -> Any:
     """What both masks allow; either may be a mask object, a bool array, a callable or None (everything)."""
     if mask is None or other is None:
         return other if mask is None else mask
-    return _as_mask(mask) & _as_mask(other)
+    return as_mask(mask) & as_mask(other)
 
 
-def _as_mask(mask: Any) -> masks.Mask:
+def as_mask(mask: Any) -> masks.Mask:
+    """A mask object, a bool array or a callable as a mask object."""
     if isinstance(mask, masks.Mask):
         return mask
     return masks.Function(mask) if callable(mask) else masks.Array(jnp.asarray(mask))

@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Int
 from attnzoo.core.attention import attention
 from attnzoo.core.cache import LayerCache, append, cached_attention
 from attnzoo.core.masks import Segments
-from attnzoo.core.positions import RoPE
+from attnzoo.core.positions import PositionPlan, Positions
 from attnzoo.errors import unknown
 from attnzoo.nn.linear import dropout_arguments, head_counts, named
 from attnzoo.nn.mixer import both
@@ -172,7 +172,7 @@ class CompressedConvAttention(GroupedQueryAttention):
         temp_init: float | None = None,
         temp_mode: str = "linear",
         causal: bool = False,
-        positions: RoPE | None = None,
+        positions: Positions | PositionPlan | None = None,
         dropout_rate: float = 0.0,
         backend: str = "auto",
         dtype: DTypeLike | None = None,
@@ -379,16 +379,7 @@ PAPER = Paper(
     "cca",
     "Compressed Convolutional Attention: Efficient Attention in a Compressed Latent Space",
     "projections",
-    builds=(
-        CompressedConvAttention,
-        CCGQA,
-        CCACache,
-        qk_mean,
-        value_shift,
-        cca_conv,
-        cca_flops,
-        cca_cache_bytes,
-    ),
+    builds=(CompressedConvAttention, CCGQA, CCACache, qk_mean, value_shift, cca_conv, cca_flops, cca_cache_bytes),
     mixer=CompressedConvAttention,
     picture=_picture,
     costs={

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnzoo.core.attention import attention
 from attnzoo.core.cache import EMPTY, LayerCache, append, cached_attention, init_cache
 from attnzoo.core.masks import Causal
-from attnzoo.core.positions import RoPE
+from attnzoo.core.positions import PositionPlan, Positions, positions_for
 from attnzoo.nn.linear import QKV, default_init, dropout, dropout_arguments, merge_heads
 from attnzoo.nn.mixer import Mixer, both
 from attnzoo.paper import Paper
@@ -71,7 +71,7 @@ class GroupedQueryAttention(Mixer):
         num_heads: int,
         *,
         causal: bool = False,
-        positions: RoPE | None = None,
+        positions: Positions | PositionPlan | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         use_bias: bool = False,
@@ -93,7 +93,8 @@ class GroupedQueryAttention(Mixer):
         }
         self.qkv = QKV(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
         self.out = merge_heads(num_heads, self.qkv.head_dim, dim, **options)
-        self.causal, self.positions, self.backend = causal, positions, backend
+        self.causal, self.backend = causal, backend
+        self.positions = positions_for(positions, self.qkv.num_kv_heads, self.qkv.head_dim, rngs=rngs)
         self.cache_dtype = dtype or param_dtype
         self.dropout = dropout(dropout_rate, rngs)
 

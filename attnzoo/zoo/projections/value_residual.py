@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 from attnzoo.core.attention import attention
 from attnzoo.core.cache import LayerCache, append, cached_attention, init_cache
 from attnzoo.core.masks import Causal
-from attnzoo.core.positions import RoPE
+from attnzoo.core.positions import PositionPlan, Positions, positions_for
 from attnzoo.errors import unknown
 from attnzoo.nn.linear import QKV, dropout, dropout_arguments, linear, merge_heads, named
 from attnzoo.nn.mixer import Mixer, both
@@ -96,7 +96,7 @@ class ValueResidualAttention(Mixer):
         lambdas: tuple[float, float] | None = None,
         sparse_layers: Sequence[int] | None = None,
         causal: bool = False,
-        positions: RoPE | None = None,
+        positions: Positions | PositionPlan | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         use_bias: bool = False,
@@ -118,7 +118,8 @@ class ValueResidualAttention(Mixer):
         self.qkv = QKV(dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
         self.out = merge_heads(num_heads, self.qkv.head_dim, dim, **options)
         self.dropout = dropout(dropout_rate, rngs)
-        self.causal, self.positions, self.backend = causal, positions, backend
+        self.causal, self.backend = causal, backend
+        self.positions = positions_for(positions, self.qkv.num_kv_heads, self.qkv.head_dim, rngs=rngs)
         self.cache_dtype = dtype or param_dtype
         l, last = layer + 1, num_layers
         self.mode = mode

@@ -1,0 +1,1 @@
+"""Exhibits that change how positions enter attention."""
