@@ -7,7 +7,7 @@ Needs the TPU compiler (pip install -e ".[tpu]"), not a TPU. Every kernel is com
 bundles (cycles) a tile takes between the first and the last use of the matrix units, how full these and the vector units
 are meanwhile, the bundles that the matrix products alone would take, registers spilled, and on-chip memory. Of the two
 branches of a kernel of ours, for full tiles and for tiles on the mask's border, each is compiled by itself. Writes
-results/kernels.json and docs/kernels_table.md.
+results/kernels.json and the table in docs/guide/kernels.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 from benchmarks._measure import environment
 
 RESULTS = Path(__file__).parent / "results"
-TABLE = Path(__file__).parents[1] / "docs" / "kernels_table.md"
+PAGE = Path(__file__).parents[1] / "docs" / "guide" / "kernels.md"
+_MARKS = "<!-- attnzoo bench kernels: begin -->\n", "<!-- attnzoo bench kernels: end -->\n"
 
 Case = tuple[Callable[..., Any], list[Any]]
 
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="attnzoo bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--generations", default="v5e,v5p,v6e,7x", help="comma-separated, of v4, v5e, v5p, v6e, 7x")
+    parser.add_argument("--generations", default="v4,v5e,v5p,v6e,7x", help="comma-separated, of v4, v5e, v5p, v6e, 7x")
     parser.add_argument("--block-q", type=int, default=512, help="queries of a tile (default 512)")
     parser.add_argument("--block-k", type=int, default=512, help="keys of a tile (default 512)")
     parser.add_argument("--width", type=int, default=128, help="head width (default 128)")
@@ -157,8 +158,11 @@ def main(argv: list[str] | None = None) -> int:
     result = {"environment": environment(), "sizes": sizes, "rows": rows}
     (options.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(rows, options)
-    TABLE.write_text(text)
-    print(f"\n{text}\nwrote {options.out / 'kernels.json'} and {TABLE}")
+    print(f"\n{text}\nwrote {options.out / 'kernels.json'}")
+    if options.out == RESULTS:
+        before, rest = PAGE.read_text().split(_MARKS[0])
+        PAGE.write_text(before + _MARKS[0] + text + _MARKS[1] + rest.split(_MARKS[1])[1])
+        print(f"and the table in {PAGE}")
     return 0
 
 
