@@ -98,6 +98,25 @@ CASES = {
         arguments={"score": scores.SoftCap(2.0) >> scores.ALiBi(jnp.array([0.1, 0.02]))},
         logits=lambda s, b, h, q, k: 2 * np.tanh(s / 2) - np.array([0.1, 0.02])[h] * abs(q - k),
     ),
+    "one query, ragged slots": Case(
+        (2, 1, 300, 4, 2, 16, 24),
+        {
+            "mask": masks.Causal(),
+            "q_positions": jnp.array([[140], [270]]),
+            "kv_positions": jnp.where(jnp.arange(300) < jnp.array([[141], [271]]), jnp.arange(300), -1),
+            "block_sizes": (128, 128),
+        },
+        lambda b, h, q, k: k < np.array([141, 271])[b],
+    ),
+    "three queries, heads of their own": Case(
+        (1, 3, 300, 4, 2, 16, 16),
+        {
+            "mask": lambda b, h, q, k: k <= q + 50 * h,
+            "score": lambda s, b, h, q, k: s + jnp.asarray(TABLE)[h, q - k + 300],
+        },
+        lambda b, h, q, k: k <= q + 50 * h,
+        lambda s, b, h, q, k: s + TABLE[h, q - k + 300],
+    ),
     "sigmoid weights": Case(
         arguments={"weights": weights.Sigmoid(), "mask": masks.Causal()},
         cells=lambda b, h, q, k: k <= q,
@@ -136,6 +155,7 @@ def gradients(backend: str, case: Case, what: dict[str, Any], dtype: Any = jnp.f
 
 GRADIENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "causal, grouped": ("causal over several tiles", {}),
+    "three queries": ("three queries, heads of their own", {}),
     "blocks by head": ("blocks by head under grouped heads", {}),
     "sigmoid": ("sigmoid weights", {}),
     "by distance, query, key and head": (
@@ -217,7 +237,6 @@ def test_the_same_bits_twice():
 
 REFUSED = {
     "never holds the weights": {"return_weights": True},
-    "at least 16 queries": {"q": jnp.zeros((1, 4, 2, 8))},
     "multiples of 128": {"block_sizes": (64, 128)},
     "the same for q, k and v": {"v": jnp.zeros((1, 32, 2, 8), jnp.bfloat16)},
     "'dynamic_slice' on values that depend on query and key at once": {

@@ -13,6 +13,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from attnzoo.core.backends.packed import (
+    packed_bound,
+    packed_geometry,
+    packed_queries,
+    packed_state,
+    packs,
+    unpacked,
+)
 from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import FULL, PARTIAL, BlockMap, block_map
 from attnzoo.core.cells import Bound, Cells, Geometry, Operand
@@ -21,9 +29,6 @@ from attnzoo.core.hoist import NotElementwise, hoist, outside
 from attnzoo.core.request import Request
 from attnzoo.core.sharding import Axes, division
 from attnzoo.core.weights import Normalised, Pointwise
-
-#: Fewer queries than this leave the matrix units idle; other backends take them.
-FEWEST_QUERIES = 16
 
 
 def refusal(r: Request) -> str | None:
@@ -40,8 +45,6 @@ def refusal(r: Request) -> str | None:
         return f"{r.weights} has no log-sum-exp to return"
     if r.q.dtype not in (jnp.float32, jnp.bfloat16) or not r.q.dtype == r.k.dtype == r.v.dtype:
         return f"it takes float32 or bfloat16, the same for q, k and v, not {r.q.dtype}, {r.k.dtype} and {r.v.dtype}"
-    if r.geometry.queries < FEWEST_QUERIES:
-        return f"it takes at least {FEWEST_QUERIES} queries at a time, not T={r.geometry.queries}"
     if r.block_sizes is not None and any(n % 128 for n in r.block_sizes):
         return f"its block_sizes are multiples of 128, not {r.block_sizes}"
     if isinstance(r.weights, Pointwise) and (found := outside(r.weights.phi)) is not None:
@@ -72,6 +75,7 @@ class _Plan(NamedTuple):
     state: Any
     mask: Bound | None
     score: Bound | None
+    packed: bool
 
 
 def map_of(r: Request) -> BlockMap:
@@ -108,11 +112,18 @@ def _plan(r: Request) -> _Plan:
         xp = np if isinstance(state, np.ndarray) else jnp
         last = np.arange(state.shape[3]) == state.shape[3] - 1
         state = xp.where(last & (state == FULL), PARTIAL, state)
+    packed = packs(g)
+    state = packed_state(state, g) if packed else state
     # The mask itself is asked in partial tiles alone.
     asks = not isinstance(state, np.ndarray) or bool((state == PARTIAL).any())
     mask = hoist(_with_slots(r.bound_mask(), g), g, f"mask {r.mask}") if asks and _hides(r) else None
-    score = r.bound_score()
-    return _Plan(block_q, block_k, state, mask, None if score is None else hoist(score, g, "score", score=True))
+    bound = r.bound_score()
+    score = None if bound is None else hoist(bound, g, "score", score=True)
+    if packed:
+        mask = None if mask is None else packed_bound(mask, g)
+        score = None if score is None else packed_bound(score, g, score=True)
+        block_q = -(-packed_geometry(g).queries // 16) * 16
+    return _Plan(block_q, block_k, state, mask, score, packed)
 
 
 def _hides(r: Request) -> bool:
@@ -157,8 +168,12 @@ def run(r: Request) -> Result:
         seed,
         jnp.zeros(2, jnp.int32),
     )
+    if plan.packed:
+        arrays = arrays._replace(q=packed_queries(arrays.q, r.geometry))
     divided = division(r.geometry)
     out, lse = _local(r, plan, arrays) if divided is None else _on_mesh(r, plan, arrays, *divided)
+    if plan.packed:
+        out, lse = unpacked(out, r.geometry), unpacked(lse, r.geometry)
     final = None
     if isinstance(r.weights, Normalised):
         out, final = r.weights.finish(out, lse)
@@ -210,14 +225,14 @@ def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
     )
     rows, columns = blocks()[2:]
     problem = Problem(
-        x.q.shape[0], x.q.shape[2], x.k.shape[2], r.geometry.queries, r.geometry.keys, plan.block_q, plan.block_k,
+        x.q.shape[0], x.q.shape[2], x.k.shape[2], x.q.shape[1], r.geometry.keys, plan.block_q, plan.block_k,
         _divisor(plan.block_q, rows), _divisor(plan.block_k, columns),
         None if plan.mask is None else plan.mask.apply,
         tuple(map(_layout, mask_ops)),
         None if plan.score is None else plan.score.apply,
         tuple(map(_layout, score_ops)),
         r.weights.phi if isinstance(r.weights, Pointwise) else None,
-        None if r.dropout is None else functools.partial(_keep, r.dropout.rate),
+        None if r.dropout is None else functools.partial(_keep, r.dropout.rate, r.geometry if plan.packed else None),
         per_batch=state.shape[0] > 1,
         per_head=state.shape[1] > 1,
     )  # fmt: skip
@@ -253,12 +268,16 @@ def _by_tiles(op: Operand, p: Any) -> Any:
 
 
 def _divisor(block: int, piece: int) -> int:
-    return piece if block % piece == 0 else 128
+    return block if block <= piece else piece if block % piece == 0 else 128
 
 
-def _keep(rate: float, seed0: Any, seed1: Any, b: Any, h: Any, t: Any, s: Any) -> Any:
+def _keep(rate: float, packed: Geometry | None, seed0: Any, seed1: Any, b: Any, h: Any, t: Any, s: Any) -> Any:
     seed: Any = (seed0.astype(jnp.uint32), seed1.astype(jnp.uint32))
-    return keep_scale(Dropout(rate, seed), Cells(b, h, t, s, t, s))
+
+    def factor(b: Any, h: Any, t: Any, s: Any) -> Any:
+        return keep_scale(Dropout(rate, seed), Cells(b, h, t, s, t, s))
+
+    return factor(b, h, t, s) if packed is None else packed_bound(Bound((), factor), packed).apply(b, h, t, s)
 
 
 def _by_heads(x: Any, length: int) -> Any:

@@ -165,7 +165,12 @@ def merge_heads_rope(mixer: GroupedQueryAttention) -> MergedHeads:
     fraction, several axes, or a scaling other than Linear and Llama3.
     """
     rope, qkv = mixer.positions, mixer.qkv
-    if rope is not None and (rope.fraction != 1 or rope.num_axes > 1 or not isinstance(rope.scaling, Linear | Llama3 | None)):
+    if rope is not None and not (
+        isinstance(rope, RoPE)
+        and rope.fraction == 1
+        and rope.num_axes == 1
+        and isinstance(rope.scaling, Linear | Llama3 | None)
+    ):
         raise ValueError(f"mixer: RoPE of all features, unscaled or with Linear or Llama3 scaling is needed, got {rope}")
     groups, width, heads = qkv.num_kv_heads, qkv.head_dim, qkv.num_heads
     if width % 2:

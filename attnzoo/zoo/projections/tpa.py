@@ -286,6 +286,8 @@ def gqa_as_tpa(mixer: GroupedQueryAttention) -> TensorProductAttention:
     qkv = mixer.qkv
     if qkv.query.bias is not None:
         raise ValueError("mixer: has biases (use_bias=True), and a product of factors has none; build it without")
+    if not isinstance(mixer.positions, RoPE | None):
+        raise ValueError(f"mixer: its factors can be rotated by RoPE alone, and it has {mixer.positions}")
     dim, heads, width = qkv.query.kernel[...].shape
     groups = qkv.num_kv_heads
     made = TensorProductAttention(
