@@ -1,0 +1,1 @@
+"""Exhibits that measure what attention and its weights do."""
