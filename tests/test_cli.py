@@ -98,7 +98,8 @@ def test_show_planned(run):
     assert json.loads(run(f"show {planned.key} --json")[1])["costs"] == {}
 
 
-def test_show_built(run, exhibit):
+def test_show_built(run, exhibit, monkeypatch, tmp_path):
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path / "attnzoo")  # where no result of a claim is recorded
     code, out, _ = run("show tpa --dim 512 --num-heads 8 --num-kv-heads 2 --length 100 --memory-length 10")
     assert code == 0
     for words in (

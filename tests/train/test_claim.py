@@ -55,7 +55,8 @@ def test_a_quick_run_is_not_recorded(experiment, attnzoo, tmp_path):
 
 
 @pytest.mark.parametrize(("key", "words"), [("tranformer", "did you mean 'transformer'"), ("tpa", "has no experiment yet")])
-def test_an_unknown_claim(key, words, experiment, attnzoo):
+def test_an_unknown_claim(key, words, experiment, attnzoo, monkeypatch):
+    monkeypatch.setattr(claim, "claims", lambda: ["transformer"])
     code, _, err = attnzoo("claim", key)
     assert code == 2
     assert words in err

@@ -61,10 +61,13 @@ def fit(
     seed: int,
     learning_rate: float = 2e-3,
     warmup: int = 20,
+    probe: Callable[[int, Any], None] | None = None,
+    every: int | None = None,
 ) -> Float[Array, "steps"]:
     """Trains `model` in place with Adam, warm-up and a cosine to 0; returns the loss of every step.
 
     All steps are one compiled scan; batches are made inside it. Models without random state (dropout) only.
+    probe: called with (step, model) before the first step, after the last, and each `every` steps between.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(warmup, steps // 4), steps)
     optimizer = optax.adam(schedule)
@@ -81,13 +84,20 @@ def fit(
         return (optax.apply_updates(params, updates), opt_state), value
 
     @jax.jit
-    def run(params: nnx.State, keys: Array) -> tuple[nnx.State, Array]:
-        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), keys)
-        return params, losses
+    def run(state: tuple[nnx.State, optax.OptState], keys: Array) -> tuple[tuple, Array]:
+        return jax.lax.scan(step, state, keys)
 
-    params, losses = run(params, jax.random.split(jax.random.key(seed), steps))
-    nnx.update(model, params)
-    return losses
+    state, losses = (params, jax.jit(optimizer.init)(params)), []
+    keys = jax.random.split(jax.random.key(seed), steps)
+    for start in range(0, steps, every or steps):
+        if probe is not None:
+            probe(start, model)
+        state, part = run(state, keys[start : start + (every or steps)])
+        losses.append(part)
+        nnx.update(model, state[0])
+    if probe is not None:
+        probe(steps, model)
+    return jnp.concatenate(losses)
 
 
 def mean_loss(model: nnx.Module, loss: Loss, make_batch: MakeBatch, *, seed: int, batches: int = 8) -> float:

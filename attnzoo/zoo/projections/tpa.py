@@ -385,6 +385,10 @@ PAPER = Paper(
         "multiply-adds per cached token of a decoding step": "R_q * R_k * H + N * R_q * R_k + N * R_k + N * R_v * (1 + H)",
     },
     code="tensorgi/TPA",
+    parity=(
+        "CausalSelfAttention of the authors' model/T6.py, its cosines in full precision: outputs and gradients to 1e-6 "
+        "(compared by hand, it is no package)"
+    ),
     notes=(
         "The authors' code turns RoPE the other way (x1 cos + x2 sin, x2 cos - x1 sin): negate the second half of every H "
         "block of W_Bq and W_Bk to convert its weights; then the two agree exactly, but for its cosines in bfloat16. "
