@@ -205,26 +205,7 @@ def moh_from_mha(
     style "tuned" adds no parameters, as in the paper's LLaMA3. The routers of the others start at zero; "code" with
     top_k = h_r then computes what `mixer` did. Defaults as in `MixtureOfHeadAttention`.
     """
-    qkv = mixer.qkv
-    made = MixtureOfHeadAttention(
-        qkv.query.in_features[0],
-        qkv.num_heads,
-        style=style,
-        shared_heads=shared_heads,
-        top_k=top_k,
-        causal=mixer.causal,
-        positions=mixer.positions,
-        num_kv_heads=qkv.num_kv_heads,
-        head_dim=qkv.head_dim,
-        use_bias=qkv.query.use_bias,
-        dropout_rate=mixer.dropout.rate,
-        backend=mixer.backend,
-        precision=qkv.query.precision,
-        dtype=qkv.query.dtype,
-        param_dtype=qkv.query.param_dtype,
-        rngs=nnx.Rngs(0),
-    )
-    made.qkv, made.out, made.dropout = nnx.clone(qkv), nnx.clone(mixer.out), nnx.clone(mixer.dropout)
+    made = MixtureOfHeadAttention.like(mixer, style=style, shared_heads=shared_heads, top_k=top_k)
     for name in ("router", "shared_router", "kind_router"):
         router = getattr(made, name, None)
         if router is not None:

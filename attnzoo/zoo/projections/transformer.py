@@ -15,7 +15,7 @@ label-smoothed loss of the paper live in `attnzoo.models`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -104,6 +104,32 @@ class GroupedQueryAttention(Mixer):
         Exhibits that change the score or the weights extend this one method; cached decoding follows.
         """
         return {"backend": self.backend}
+
+    @classmethod
+    def like(cls, mixer: "GroupedQueryAttention", **own: Any) -> Self:
+        """A mixer of this class with the weights and settings of another; `own` are this class' further arguments.
+
+        Weights are copied. Further parameters start as the class has them, drawn with seed 0.
+        """
+        qkv, first = mixer.qkv, mixer.qkv.query
+        made = cls(
+            first.in_features[0],
+            qkv.num_heads,
+            causal=mixer.causal,
+            positions=mixer.positions,
+            num_kv_heads=qkv.num_kv_heads,
+            head_dim=qkv.head_dim,
+            use_bias=first.use_bias,
+            dropout_rate=mixer.dropout.rate,
+            backend=mixer.backend,
+            precision=first.precision,
+            dtype=first.dtype,
+            param_dtype=first.param_dtype,
+            rngs=nnx.Rngs(0),
+            **own,
+        )
+        made.qkv, made.out, made.dropout = nnx.clone(qkv), nnx.clone(mixer.out), nnx.clone(mixer.dropout)
+        return made
 
     def merge(self, o: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What becomes of the head outputs o of the tokens x: W_O here.

@@ -1,0 +1,1 @@
+"""Exhibits that steer what a trained model does by its attention."""
