@@ -168,24 +168,30 @@ def test_who_hears_of_whom(tokens, depth):
         assert (gradient[context] == 0).all() if mode == "diag" else (gradient[context] > 0).all()
 
 
+def alone(tokens, c):
+    """(tokens, segments, where the candidate stands) of the context and candidate c, padded to the same length."""
+    start, n = LC + sum(LENGTHS[:c]), LENGTHS[c]
+    row = jnp.concatenate([tokens[:, :LC], tokens[:, start : start + n]], 1)
+    padding = T - row.shape[1]
+    return jnp.pad(row, ((0, 0), (0, padding))), packed((n,), padding), slice(start, start + n)
+
+
 def test_independent_is_each_candidate_alone(tokens):
     together = scores(ranker("independent"), tokens, SEGMENTS, 3)
-    starts = LC + np.cumsum([0, *LENGTHS])
-    for c, n in enumerate(LENGTHS):
-        row = jnp.concatenate([tokens[:, :LC], tokens[:, starts[c] : starts[c + 1]]], 1)
-        np.testing.assert_allclose(scores(ranker("independent"), row, packed((n,)), 1)[:, 0], together[:, c], atol=1e-5)
+    for c in range(3):
+        row, seg, _ = alone(tokens, c)
+        np.testing.assert_allclose(scores(ranker("independent"), row, seg, 1)[:, 0], together[:, c], atol=1e-5)
 
 
 def test_first_layer_is_the_cross_encoders(tokens):
     model = ranker("arrow", 1)
     encode = nnx.jit(lambda model, tokens, seg: model.encode(tokens, seg))
     x = encode(model, tokens, SEGMENTS)
-    starts = LC + np.cumsum([0, *LENGTHS])
     for c, n in enumerate(LENGTHS):
-        here = slice(starts[c], starts[c + 1])
-        alone = encode(model, jnp.concatenate([tokens[:, :LC], tokens[:, here]], 1), packed((n,)))
-        np.testing.assert_allclose(x[:, here], alone[:, LC:], atol=1e-5)
-        assert abs(x[:, :LC] - alone[:, :LC]).max() > 1e-2
+        row, seg, here = alone(tokens, c)
+        single = encode(model, row, seg)
+        np.testing.assert_allclose(x[:, here], single[:, LC : LC + n], atol=1e-5)
+        assert abs(x[:, :LC] - single[:, :LC]).max() > 1e-2
 
 
 def test_padding_changes_nothing(tokens):
