@@ -28,3 +28,11 @@ def blocks(width: int, value_width: int) -> tuple[int, int]:
     """Queries and keys of a tile. Accumulators of wide heads leave registers for 64 keys only."""
     block_k = 128 if value_width <= 128 and slots(width, value_width, 128) else 64
     return BLOCK_Q, block_k
+
+
+def backward_slots(width: int, value_width: int, block_k: int) -> int:
+    """Tiles that the backward kernels hold at once: at least 2, or 0 if they do not fit or their sums need too many registers."""
+    if max(width, value_width) > 128 or block_k != BLOCK_Q:
+        return 0
+    fit = (n for n in range(MOST_SLOTS, 1, -1) if 2 * (n + 1) * BLOCK_Q * (width + value_width) <= SHARED_BYTES)
+    return next(fit, 0)

@@ -7,10 +7,13 @@ broadcasts along columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Literal
 
 from pallas_kernels.tpu.problem import HIDDEN, HIDDEN_BELOW, LOG2E, Problem
 
@@ -77,3 +80,62 @@ def finish(p: Problem, r: Running) -> tuple[Any, Any]:
     scale = jnp.where(seen, 1.0 / safe, jnp.zeros_like(safe))
     log = (r.top * (1 / LOG2E) if p.base2 else r.top) + jnp.log(safe)
     return r.acc * across(scale, r.acc.shape), jnp.where(seen, log, jnp.full_like(log, -jnp.inf))
+
+
+def weights_again(
+    p: Problem, s: Any, norm: Any, cells: tuple[Any, Any, Any, Any], parts: list[Any], mask_parts: list[Any] | None
+) -> tuple[Any, Callable[[Any], tuple[Any, list[Any]]]]:
+    """Weights from logits ``s`` and each cell's log-sum-exp (None: taken off already), and what turns gradients of weights into those of logits and parts.
+
+    All values are tiles, whichever way they lie. parts: of the score; mask_parts: None where nothing is hidden. Returns
+    (weight, pull) with ``pull(dw) -> (ds, [d part, or None if it has no gradient])``; for softmax dw comes less delta.
+    """
+    moves = p.differentiable
+    back = None
+    if p.score is not None:
+
+        def scored_again(s: Any, moving: list[Any]) -> Any:
+            given = iter(moving)
+            return scored(p, s, *cells, [next(given) if m else x for x, m in zip(parts, moves, strict=True)])
+
+        s, back = jax.vjp(scored_again, s, [x for x, m in zip(parts, moves, strict=True) if m])
+    s = s if mask_parts is None else hidden(p, s, *cells, mask_parts)
+    back_phi = None
+    if p.phi is None:
+        weight = (jnp.exp2 if p.base2 else jnp.exp)(s if norm is None else s - norm)
+    else:
+        phi = p.phi
+        seen, zero = s > HIDDEN_BELOW, jnp.zeros_like(s)
+        weight, back_phi = jax.vjp(lambda s: jnp.where(seen, phi(jnp.where(seen, s, zero)), zero), s)
+
+    def pull(dw: Any) -> tuple[Any, list[Any]]:
+        d = weight * dw if back_phi is None else back_phi(dw)[0]
+        if back is None:
+            return d, []
+        ds, moving = _added(back, d)
+        given = iter(moving)
+        return ds, [next(given) if m else None for m in moves]
+
+    return weight, pull
+
+
+def _added(f: Callable[[Any], Any], x: Any) -> Any:
+    """``f(x)``, with plain additions where derivatives add cotangents by a primitive of their own, which Mosaic GPU lacks."""
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(x)
+
+    def run(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+        for eqn in jaxpr.eqns:
+            given = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+            inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+            if inner is not None:
+                outs = run(inner.jaxpr, inner.consts, given)
+            elif eqn.primitive.name == "add_any":
+                outs = [given[0] + given[1]]
+            else:
+                out = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
+                outs = out if eqn.primitive.multiple_results else [out]
+            values.update(zip(eqn.outvars, outs, strict=True))
+        return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+
+    return jax.tree.unflatten(jax.tree.structure(shape), run(closed.jaxpr, closed.consts, [x]))

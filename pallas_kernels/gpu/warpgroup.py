@@ -64,15 +64,13 @@ def product(a: Any, b: Any, issued: Callable[[], None] = lambda: None) -> Any:
     return pl.run_scoped(start, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def add_product(acc: Any, a: Any, b: Any, issued: Callable[[], None] = lambda: None) -> Any:
-    """``acc + a · b`` with ``a [rows, n]`` in registers and ``b [n, columns]`` in shared memory."""
+def add_product(acc: Any, a: Any, b: Any, transposed: bool = False) -> Any:
+    """``acc + a · b``, or ``acc + a · bᵀ``, with ``a`` in registers or shared memory and ``b`` in shared memory."""
     if simulated():
-        issued()
-        return acc + _dot(a, b[...])
+        return acc + _dot(a[...], b[...].T if transposed else b[...])
 
     def start(ref: Any) -> None:
-        plgpu.wgmma(ref, a, b)
-        issued()
+        plgpu.wgmma(ref, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
 
     return pl.run_state(start)(plgpu.ACC.init(acc))
 

@@ -1,0 +1,87 @@
+"""Flash attention on a GPU with its derivative: the operation the library calls."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gpu import choice
+from pallas_kernels.gpu.backward import keys_gradient, queries_gradient
+from pallas_kernels.gpu.flash import Inputs, forward
+from pallas_kernels.gpu.tiles import Tiles
+from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out, taken_back
+
+
+class Lists(NamedTuple):
+    """The tiles by rows and by columns, each for one block of queries and of keys."""
+
+    rows: Tiles
+    columns: Tiles
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, Any]:
+    """``out [B, T, N, Hv]``, ``lse [B, N, T]`` of inputs as `flash.Inputs` has them; ``score`` operands as the caller holds them,
+    rest = (lists, laid-out mask operands, seed)."""
+    lists, mask, seed = rest
+    slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k)
+    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, seed), slots)
+
+
+def _laid(p: Problem, score: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(laid_out(p, x, layout) for x, layout in zip(score, p.score_layouts, strict=True))
+
+
+def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> Any:
+    out, lse = attend(p, q, k, v, score, rest)
+    return (out, lse), (q, k, v, score, rest, out, lse)
+
+
+def _attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any:
+    q, k, v, score, rest, out, lse = saved
+    lists, mask, seed = rest
+    d_out, d_lse = cotangents
+    x = Inputs(q, k, v, _laid(p, score), mask, seed)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
+    norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))
+    d_out = d_out.astype(v.dtype)
+    slots = choice.backward_slots(q.shape[-1], v.shape[-1], p.block_k)
+    dq, by_row = queries_gradient(p, lists.rows, x, d_out, norm, delta, slots)
+    dk, dv, by_column = keys_gradient(p, lists.columns, x, d_out, norm, delta, slots)
+    d_score = tuple(
+        _operand_gradient(p, lists.rows, {**by_row, **by_column}[n], x, layout) if p.differentiable[n] else _no_gradient(x)
+        for n, (x, layout) in enumerate(zip(score, p.score_layouts, strict=True))
+    )
+    return dq, dk, dv, d_score, jax.tree.map(_no_gradient, rest)
+
+
+def _operand_gradient(p: Problem, tiles: Tiles, d: Any, like: Any, layout: Any) -> Any:
+    if layout.form == "cell":
+        d = jnp.where(_visited(p, tiles), d, 0)
+    if layout.form == "one":  # comes as sums along rows
+        d = d.sum(-1, keepdims=True)
+    return taken_back(p, d, like, layout)
+
+
+def _visited(p: Problem, tiles: Tiles) -> Any:
+    """Cells in tiles that were computed, ``[B|1, N|1, T, S]`` in whole blocks."""
+    columns = p.padded[1] // p.block_k
+    n = jnp.arange(columns)
+    begin, count = jnp.asarray(tiles.begin)[:, None], jnp.asarray(tiles.count)[:, None]
+    minor = jnp.asarray(tiles.minor)[jnp.minimum(begin + n, len(tiles.minor) - 1)]
+    flags = ((minor[:, :, None] == n) & (n < count)[:, :, None]).any(1)
+    flags = flags.reshape(p.batch if p.per_batch else 1, p.heads if p.per_head else 1, tiles.rows, columns)
+    return jnp.repeat(jnp.repeat(flags, p.block_q, 2), p.block_k, 3)
+
+
+def _no_gradient(x: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return jnp.zeros_like(x)
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
