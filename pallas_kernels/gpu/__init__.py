@@ -1,1 +1,1 @@
-"""Attention kernels for Hopper GPUs, on Mosaic GPU. They compile here; none has run on a GPU yet (see `flash`)."""
+"""Attention kernels for Hopper GPUs, on Mosaic GPU: simulated and compiled, not yet run on a GPU (see `flash`)."""

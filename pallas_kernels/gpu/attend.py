@@ -25,8 +25,8 @@ class Lists(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, Any]:
-    """``out [B, T, N, Hv]``, ``lse [B, N, T]`` of inputs as `flash.Inputs` has them; ``score`` operands as the caller holds them,
-    rest = (lists, laid-out mask operands, seed)."""
+    """``out [B, T, N, Hv]``, ``lse [B, N, T]`` of inputs as `flash.Inputs` has them; ``score`` operands as the caller holds
+    them, rest = (lists, laid-out mask operands, seed)."""
     lists, mask, seed = rest
     slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k)
     return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, seed), slots)

@@ -1,6 +1,6 @@
 """The gradients of flash attention on Hopper GPUs: one kernel walks rows of tiles for dq, one walks columns for dk and dv.
 
-Both recompute weights from the log-sum-exp, in pieces of 64 columns, for whose two products there are registers. Blocks are
+Both recompute weights from the log-sum-exp, in pieces of 64 or 32 columns, for whose products there are registers. Blocks are
 as in `flash`: two warpgroups compute, 64 rows of the tile each, and one fetches. In the kernel for dk and dv a tile has keys
 along its rows and queries along its columns, and all query heads of a key head add to the same sums.
 
@@ -40,8 +40,13 @@ from pallas_kernels.gpu.warpgroup import (
 )
 from pallas_kernels.tpu.problem import LOG2E, Layout, Problem
 
-#: Columns of a tile that are worked on at once.
-PIECE = 64
+
+def piece_of(x: Inputs, plain: bool) -> int:
+    """Columns of a tile that are worked on at once: as many as leave room in the registers for the sums.
+
+    plain: whether little happens between the products.
+    """
+    return 64 if plain or max(x.q.shape[-1], x.v.shape[-1]) <= 64 else 32
 
 
 def queries_gradient(
@@ -50,10 +55,12 @@ def queries_gradient(
     """dq, and the gradients of the score's operands that are not columns, each ``[B, N, ...]`` as laid out; those of cells are
     written in visited tiles only. norm, delta: float32 ``[B, N, T]``; norm is +inf in rows that saw nothing."""
     queries, width, value_width = x.q.shape[1], x.q.shape[-1], x.v.shape[-1]
+    piece = piece_of(x, plain=p.score is None)
+    swizzle = 2 * piece
     mine = [n for n, f in enumerate(p.score_layouts) if p.differentiable[n] and f.form != "column"]
     shapes = [(1, queries) if p.score_layouts[n].form != "cell" else x.score[n].shape[2:] for n in mine]
     outs = launch(
-        functools.partial(_dq_kernel, p, tiles, mine),
+        functools.partial(_dq_kernel, p, tiles, mine, piece),
         name="attnzoo_flash_dq",
         grid=(queries // p.block_q, p.batch, p.heads),
         grid_names=("row", "batch", "head"),
@@ -78,10 +85,10 @@ def queries_gradient(
             *(jax.ShapeDtypeStruct((p.batch, p.heads, *shape), jnp.float32) for shape in shapes),
         ],
         scratch=[
-            shared((COMPUTING, ROWS, width), x.q.dtype),
-            shared((COMPUTING, ROWS, value_width), x.v.dtype),
-            shared((slots, p.block_k, width), x.k.dtype),
-            shared((slots, p.block_k, value_width), x.v.dtype),
+            shared((COMPUTING, ROWS, width), x.q.dtype, swizzle),
+            shared((COMPUTING, ROWS, value_width), x.v.dtype, swizzle),
+            shared((slots, p.block_k, width), x.k.dtype, swizzle),
+            shared((slots, p.block_k, value_width), x.v.dtype, swizzle),
             plgpu.Barrier(num_barriers=COMPUTING),
             plgpu.Barrier(num_barriers=COMPUTING),
             *barriers(slots, COMPUTING),
@@ -91,8 +98,8 @@ def queries_gradient(
     return outs[0], dict(zip(mine, outs[1:], strict=True))
 
 
-def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], minor: Any, begin: Any, full: Any, count: Any, seed: Any, q: Any,
-               k: Any, v: Any, do: Any, norm: Any, delta: Any, *refs: Any) -> None:  # fmt: skip
+def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, minor: Any, begin: Any, full: Any, count: Any, seed: Any,
+               q: Any, k: Any, v: Any, do: Any, norm: Any, delta: Any, *refs: Any) -> None:  # fmt: skip
     cut, both = len(p.score_layouts), len(p.score_layouts) + len(p.mask_layouts)
     dq, *rest = refs[both:]
     grads, scratch = rest[: len(mine)], rest[len(mine) :]
@@ -116,29 +123,29 @@ def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], minor: Any, begin: Any
         norms, deltas = (read(ref, (b, h, pl.ds(t0, ROWS)), PER_ROW) for ref in (norm, delta))
         plgpu.barrier_wait(q_here.at[me])
         plgpu.barrier_wait(do_here.at[me])
-        shape = ROWS, PIECE
+        shape = ROWS, piece
 
         def absorb(masked: bool, n: Any, carry: Any) -> Any:
             acc, sums = carry
             slot = rings[0].at(n)
             plgpu.barrier_wait(k_here.at[slot])
             plgpu.barrier_wait(v_here.at[slot])
-            for c in range(0, p.block_k, PIECE):
+            for c in range(0, p.block_k, piece):
                 s0 = minor[first + n] * p.block_k + c
                 cells = b, h, numbers(shape, 0, t0), numbers(shape, 1, s0)
-                parts = score.whole(score_fixed, score.moving(s0, PIECE), s0, shape)
-                mask_parts = mask.whole(mask_fixed, mask.moving(s0, PIECE), s0, shape) if masked else None
-                keys = k_smem.at[slot, pl.ds(c, PIECE)]
+                parts = score.whole(score_fixed, score.moving(s0, piece), s0, shape)
+                mask_parts = mask.whole(mask_fixed, mask.moving(s0, piece), s0, shape) if masked else None
+                keys = k_smem.at[slot, pl.ds(c, piece)]
                 s, left = _logits(p, q_smem.at[me], keys, across(norms, shape))
                 _, pull = tile.weights_again(p, s, left, cells, _tiles(parts, p, shape), mask_parts)
                 keep = None if p.keep is None else p.keep(seed[0], seed[1], *cells)
-                values = v_smem.at[slot, pl.ds(c, PIECE)]
+                values = v_smem.at[slot, pl.ds(c, piece)]
                 ds, d_parts = pull(_weight_gradient(p, do_smem.at[me], values, across(deltas, shape), keep))
                 acc = add_product(acc, ds.astype(k.dtype), keys)
                 sums = [total + laid(d_parts[n], TILE).sum(axis=1) for total, n in zip(sums, summed, strict=True)]
                 for n_grad, ref in zip(mine, grads, strict=True):
                     if n_grad not in summed:
-                        ref[b, h, pl.ds(t0, ROWS), pl.ds(s0, PIECE)] = laid(d_parts[n_grad], TILE)
+                        ref[b, h, pl.ds(t0, ROWS), pl.ds(s0, piece)] = laid(d_parts[n_grad], TILE)
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, sums
@@ -169,11 +176,13 @@ def keys_gradient(
 ) -> tuple[Any, Any, dict[int, Any]]:
     """dk, dv, and the gradients of the score's column operands ``[B, N, 1, S]``. tiles: lists by columns of tiles."""
     keys, width, value_width = x.k.shape[1], x.k.shape[-1], x.v.shape[-1]
+    piece = piece_of(x, plain=p.score is None and p.mask is None)
+    swizzle = 2 * piece
     mine = [n for n, f in enumerate(p.score_layouts) if p.differentiable[n] and f.form == "column"]
     score, score_layouts = sideways(x.score, p.score_layouts)
     mask, mask_layouts = sideways(x.mask, p.mask_layouts)
     outs = launch(
-        functools.partial(_dkv_kernel, p, tiles, mine, score_layouts, mask_layouts),
+        functools.partial(_dkv_kernel, p, tiles, mine, piece, score_layouts, mask_layouts),
         name="attnzoo_flash_dkv",
         grid=(keys // p.block_k, p.batch, p.kv_heads),
         grid_names=("column", "batch", "head"),
@@ -185,10 +194,10 @@ def keys_gradient(
             *(jax.ShapeDtypeStruct((p.batch, p.heads, 1, keys), jnp.float32) for _ in mine),
         ],
         scratch=[
-            shared((COMPUTING, ROWS, width), x.k.dtype),
-            shared((COMPUTING, ROWS, value_width), x.v.dtype),
-            shared((slots, p.block_q, width), x.q.dtype),
-            shared((slots, p.block_q, value_width), x.v.dtype),
+            shared((COMPUTING, ROWS, width), x.k.dtype, swizzle),
+            shared((COMPUTING, ROWS, value_width), x.v.dtype, swizzle),
+            shared((slots, p.block_q, width), x.q.dtype, swizzle),
+            shared((slots, p.block_q, value_width), x.v.dtype, swizzle),
             plgpu.Barrier(num_barriers=COMPUTING),
             plgpu.Barrier(num_barriers=COMPUTING),
             *barriers(slots, COMPUTING),
@@ -198,9 +207,9 @@ def keys_gradient(
     return outs[0], outs[1], dict(zip(mine, outs[2:], strict=True))
 
 
-def _dkv_kernel(p: Problem, tiles: Tiles, mine: list[int], score_layouts: tuple[Layout, ...], mask_layouts: tuple[Layout, ...],
-                minor: Any, begin: Any, full: Any, count: Any, seed: Any, q: Any, k: Any, v: Any, do: Any, norm: Any,
-                delta: Any, *refs: Any) -> None:  # fmt: skip
+def _dkv_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, score_layouts: tuple[Layout, ...],
+                mask_layouts: tuple[Layout, ...], minor: Any, begin: Any, full: Any, count: Any, seed: Any, q: Any, k: Any,
+                v: Any, do: Any, norm: Any, delta: Any, *refs: Any) -> None:  # fmt: skip
     cut, both = len(score_layouts), len(score_layouts) + len(mask_layouts)
     dk, dv, *rest = refs[both:]
     grads, scratch = rest[: len(mine)], rest[len(mine) :]
@@ -222,7 +231,7 @@ def _dkv_kernel(p: Problem, tiles: Tiles, mine: list[int], score_layouts: tuple[
         plgpu.copy_gmem_to_smem(v.at[here], v_smem.at[me], v_here.at[me])
         plgpu.barrier_wait(k_here.at[me])
         plgpu.barrier_wait(v_here.at[me])
-        shape = ROWS, PIECE
+        shape = ROWS, piece
 
         def head(g: Any, carry: Any) -> Any:
             h, at = of_head(g)
@@ -230,16 +239,16 @@ def _dkv_kernel(p: Problem, tiles: Tiles, mine: list[int], score_layouts: tuple[
             score, mask = Parts(refs[:cut], score_layouts, b, h, s0), Parts(refs[cut:both], mask_layouts, b, h, s0)
             score_fixed, mask_fixed = score.fixed(), mask.fixed()
 
-            def piece(masked: bool, slot: Any, n: Any, c: Any, carry: Any) -> Any:
+            def absorb_piece(masked: bool, slot: Any, n: Any, c: Any, carry: Any) -> Any:
                 d_k, d_v, sums = carry
-                t0 = minor[begin[at] + n] * p.block_q + c * PIECE
+                t0 = minor[begin[at] + n] * p.block_q + c * piece
                 cells = b, h, numbers(shape, 1, t0), numbers(shape, 0, s0)
-                parts = score.whole(score_fixed, score.moving(t0, PIECE), t0, shape)
-                mask_parts = mask.whole(mask_fixed, mask.moving(t0, PIECE), t0, shape) if masked else None
-                queries, d_out = (ring.slots.at[slot, pl.ds(c * PIECE, PIECE)] for ring in rings)
-                s, norms = _logits(p, k_smem.at[me], queries, down(read(norm, (b, h, pl.ds(t0, PIECE)), PER_COLUMN), shape))
+                parts = score.whole(score_fixed, score.moving(t0, piece), t0, shape)
+                mask_parts = mask.whole(mask_fixed, mask.moving(t0, piece), t0, shape) if masked else None
+                queries, d_out = (ring.slots.at[slot, pl.ds(c * piece, piece)] for ring in rings)
+                s, norms = _logits(p, k_smem.at[me], queries, down(read(norm, (b, h, pl.ds(t0, piece)), PER_COLUMN), shape))
                 weight, pull = tile.weights_again(p, s, norms, cells, _tiles(parts, p, shape), mask_parts)
-                deltas = down(read(delta, (b, h, pl.ds(t0, PIECE)), PER_COLUMN), shape)
+                deltas = down(read(delta, (b, h, pl.ds(t0, piece)), PER_COLUMN), shape)
                 keep = None if p.keep is None else p.keep(seed[0], seed[1], *cells)
                 ds, d_parts = pull(_weight_gradient(p, v_smem.at[me], d_out, deltas, keep))
                 weight = (weight if keep is None else weight * keep).astype(do.dtype)
@@ -255,7 +264,7 @@ def _dkv_kernel(p: Problem, tiles: Tiles, mine: list[int], score_layouts: tuple[
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(do_here.at[slot])
                 # A loop, not unrolled: two pieces at once would not fit into the registers.
-                carry = lax.fori_loop(0, p.block_q // PIECE, functools.partial(piece, masked, slot, n), carry)
+                carry = lax.fori_loop(0, p.block_q // piece, functools.partial(absorb_piece, masked, slot, n), carry)
                 plgpu.barrier_arrive(q_free.at[slot])
                 plgpu.barrier_arrive(do_free.at[slot])
                 return carry

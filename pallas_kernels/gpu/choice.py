@@ -31,7 +31,7 @@ def blocks(width: int, value_width: int) -> tuple[int, int]:
 
 
 def backward_slots(width: int, value_width: int, block_k: int) -> int:
-    """Tiles that the backward kernels hold at once: at least 2, or 0 if they do not fit or their sums need too many registers."""
+    """Tiles that the backward kernels hold at once: at least 2, or 0 if their sums do not fit into registers."""
     if max(width, value_width) > 128 or block_k != BLOCK_Q:
         return 0
     fit = (n for n in range(MOST_SLOTS, 1, -1) if 2 * (n + 1) * BLOCK_Q * (width + value_width) <= SHARED_BYTES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gpu import choice
+from pallas_kernels.gpu.backward import keys_gradient, queries_gradient
 from pallas_kernels.gpu.flash import Inputs, forward
 from pallas_kernels.gpu.launch import compiling_for
 from pallas_kernels.gpu.tiles import FULL, PARTIAL, SKIP, make_tiles
@@ -67,7 +69,10 @@ def parsed(ptx: str, ptxas: str, passes: str) -> dict[str, int]:
 
 
 def report(function: Callable[..., Any], *inputs: Any, target: str = "h100") -> dict[str, dict[str, int]]:
-    """Compile ``function`` of arrays like ``inputs`` for a named GPU; per kernel in it, the figures of :func:`parsed`."""
+    """Compile ``function`` of arrays like ``inputs`` for a named GPU; per kernel in it, the figures of :func:`parsed`.
+
+    Raises RuntimeError if nothing was compiled: no kernel in it, or only such as this process has compiled before.
+    """
     from jax.experimental import topologies
 
     with tempfile.TemporaryDirectory() as folder, _dumping(folder):
@@ -80,6 +85,8 @@ def report(function: Callable[..., Any], *inputs: Any, target: str = "h100") -> 
         for file in sorted(Path(folder).glob("*.ptxas")):
             texts = (file.with_suffix(end).read_text() for end in (".ptx", ".ptxas", ".mlir-passes.log"))
             found[re.sub(r"_\d+$", "", file.stem)] = parsed(*texts)
+    if not found:
+        raise RuntimeError("nothing was compiled: the function has no kernel that this process has not compiled before")
     return found
 
 
@@ -140,11 +147,18 @@ def example(case: str, width: int = 128, block_k: int | None = None, length: int
 CASES = ("plain", "causal", "segments", "softcap", "bias")
 
 
-def forward_report(case: str, width: int = 128, block_k: int | None = None, target: str = "h100") -> dict[str, int]:
-    """Figures of the forward kernel for one feature."""
+def figures(case: str, width: int = 128, block_k: int | None = None, target: str = "h100") -> dict[str, dict[str, int]]:
+    """Of the kernels for one feature: the forward one, and where its blocks have a backward pass, the two of that."""
     p, tiles, x = example(case, width, block_k)
     slots = choice.slots(width, width, p.block_k)
-    return report(lambda x: forward(p, tiles, x, slots), x, target=target)["attnzoo_flash_forward"]
+    found = report(lambda x: forward(p, tiles, x, slots), x, target=target)
+    if slots := choice.backward_slots(width, width, p.block_k):
+        statistic = jax.ShapeDtypeStruct((p.batch, p.heads, p.queries), jnp.float32)
+        for gradient in (queries_gradient, keys_gradient):
+            # The lists of tiles of these examples serve both ways: only what a kernel contains is asked.
+            call = functools.partial(lambda g, x, d_out, *statistics: g(p, tiles, x, d_out, *statistics, slots), gradient)
+            found.update(report(call, x, x.q, statistic, statistic, target=target))
+    return found
 
 
 def main() -> None:
@@ -155,7 +169,8 @@ def main() -> None:
     parser.add_argument("--target", default="h100", choices=sorted(TARGETS))
     options = parser.parse_args()
     for case in options.cases:
-        print(json.dumps({"case": case, **forward_report(case, options.width, options.block_keys, options.target)}), flush=True)
+        for kernel, found in figures(case, options.width, options.block_keys, options.target).items():
+            print(json.dumps({"case": case, "kernel": kernel, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def finish(p: Problem, r: Running) -> tuple[Any, Any]:
 def weights_again(
     p: Problem, s: Any, norm: Any, cells: tuple[Any, Any, Any, Any], parts: list[Any], mask_parts: list[Any] | None
 ) -> tuple[Any, Callable[[Any], tuple[Any, list[Any]]]]:
-    """Weights from logits ``s`` and each cell's log-sum-exp (None: taken off already), and what turns gradients of weights into those of logits and parts.
+    """Weights from logits ``s`` and each cell's log-sum-exp (None: taken off already), and what turns gradients of
+    weights into those of logits and parts.
 
     All values are tiles, whichever way they lie. parts: of the score; mask_parts: None where nothing is hidden. Returns
     (weight, pull) with ``pull(dw) -> (ds, [d part, or None if it has no gradient])``; for softmax dw comes less delta.

@@ -43,9 +43,9 @@ def read(ref: Any, index: tuple[Any, ...], layout: Any) -> Any:
     return ref[index] if simulated() else plgpu.load(ref, index, layout=layout, optimized=False)
 
 
-def shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for operands of products: swizzled over as many bytes as a row has, at most 128."""
-    width = min(shape[-1] * jnp.dtype(dtype).itemsize, 128)
+def shared(shape: tuple[int, ...], dtype: Any, width: int = 128) -> Any:
+    """Shared memory for operands of products, swizzled over ``width`` bytes: all operands of a product the same, and its sums
+    run over a multiple of that width."""
     transforms = (plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -26,6 +26,9 @@ CASES = {
         score=lambda x, b, h, t, s, one, row, column, cell: jnp.tanh(x * one) * row + column * cell,
         scores=(numbers(1, 1, 1, 1), numbers(1, 2, 128, 1), numbers(1, 1, 1, 128, seed=2), numbers(1, 2, 128, 128, seed=3)),
     ),
+    "wide heads": lambda: case(
+        block_k=128, width=128, value_width=128, score=lambda x, b, h, t, s: jnp.tanh(x) * x, mask=causal
+    ),
     "pointwise weights": lambda: case(block_k=128, phi=lambda x: x * x, mask=causal),
     "dropout": lambda: case(block_k=128, keep=some_dropout),
 }  # fmt: skip
@@ -73,7 +76,9 @@ def gradients(c, masks):
         got = jax.block_until_ready(jax.jit(jax.grad(kernels, (0, 1, 2, 3)))(x.q, x.k, x.v, scores))
     with jax.enable_x64(True):
         wide = (jnp.asarray(np.asarray(a, np.float64)) for a in (x.q, x.k, x.v))
-        want = jax.grad(definition, (0, 1, 2, 3))(*wide, tuple(jnp.asarray(np.asarray(a, np.float64)) for a in c.score_operands))
+        want = jax.grad(definition, (0, 1, 2, 3))(
+            *wide, tuple(jnp.asarray(np.asarray(a, np.float64)) for a in c.score_operands)
+        )
     return jax.tree.leaves(got), jax.tree.leaves(want)
 
 
