@@ -7,7 +7,8 @@ and 3 are named rightly where their determinant stands earlier in the row, mean 
 
 It takes steps for the graph to leave its flat start: after 600 (seeds 0 and 1, with the cross-entropy averaged over pairs)
 both models knew little more than the commonest values, 0.35 and 0.30 with the graph, 0.34 and 0.29 without. Where every
-feature has value tokens of its own, the task is too easy to tell them apart: both reach 1.0 in 600 steps.
+feature has value tokens of its own, the task is too easy to tell them apart: both reach 1.0 in 600 steps (seed 0). The
+2000 steps, the summed cross-entropy and the margin were settled after a look at seed 0.
 """
 
 import functools
