@@ -1,0 +1,1 @@
+"""Exhibits whose attention follows a graph of what belongs together."""
