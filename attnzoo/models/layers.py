@@ -40,7 +40,8 @@ class LayerConfig:
 
     dim: D. num_layers: L. num_heads: N.
     num_kv_heads, head_dim: passed to the mixer when given.
-    mlp_dim: F, by default 4·D (8/3·D for "swiglu"). mlp: "swiglu", "gelu", "silu" or "relu".
+    mlp_dim: F, by default 4·D (8/3·D for "swiglu"). mlp: "swiglu", "gelu", "silu", "relu"
+        or "quick_gelu".
     mixer: key of the exhibit that mixes tokens. mixer_args: its own arguments.
     norm: "rms" or "layer". norm_first: pre-norm (with a final norm) or post-norm (without).
     positions: "rope", "learned", "sinusoidal" or "none"; or what the mixers are to apply to queries and keys.

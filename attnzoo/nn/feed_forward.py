@@ -14,13 +14,14 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
     "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
 }
 
 
 class MLP(nnx.Module):
     """act(x W1 + b1) W2 + b2 (Vaswani et al. 2017, eq. 2, with act = ReLU).
 
-    activation: "relu", "gelu" or "silu". dropout_rate: on the hidden units.
+    activation: "relu", "gelu", "silu" or "quick_gelu". dropout_rate: on the hidden units.
     options: dtype, param_dtype, precision, kernel_init, as in `nn.linear.linear`.
     """
 
@@ -69,7 +70,7 @@ class SwiGLU(nnx.Module):
 
 
 def feed_forward(kind: str, dim: int, hidden: int | None = None, **options: Any) -> MLP | SwiGLU:
-    """The network named `kind`: "relu", "gelu", "silu" or "swiglu".
+    """The network named `kind`: "relu", "gelu", "silu", "quick_gelu" or "swiglu".
 
     hidden: F; by default 4·D, or 8/3·D rounded up to a multiple of 8 for "swiglu", which has three matrices.
     """
