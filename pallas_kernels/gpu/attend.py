@@ -12,6 +12,7 @@ import numpy as np
 from pallas_kernels.gpu import choice
 from pallas_kernels.gpu.backward import keys_gradient, queries_gradient
 from pallas_kernels.gpu.flash import Inputs, forward
+from pallas_kernels.gpu.refusal import refusal
 from pallas_kernels.gpu.tiles import Tiles
 from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out, taken_back
 
@@ -26,10 +27,19 @@ class Lists(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, Any]:
     """``out [B, T, N, Hv]``, ``lse [B, N, T]`` of inputs as `flash.Inputs` has them; ``score`` operands as the caller holds
-    them, rest = (lists, laid-out mask operands, seed)."""
+    them, rest = (lists, laid-out mask operands, seed).
+
+    Raises ValueError, saying what would work, for what :func:`pallas_kernels.gpu.refusal.refusal` names.
+    """
+    _check(p, q, k, v, backward=False)
     lists, mask, seed = rest
     slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k)
     return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, seed), slots)
+
+
+def _check(p: Problem, q: Any, k: Any, v: Any, backward: bool) -> None:
+    if (why := refusal(p, q, k, v, backward=backward)) is not None:
+        raise ValueError(f"flash attention on a GPU cannot run this: {why}")
 
 
 def _laid(p: Problem, score: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -37,6 +47,7 @@ def _laid(p: Problem, score: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> Any:
+    _check(p, q, k, v, backward=True)
     out, lse = attend(p, q, k, v, score, rest)
     return (out, lse), (q, k, v, score, rest, out, lse)
 

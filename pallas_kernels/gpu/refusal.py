@@ -1,0 +1,69 @@
+"""What the GPU kernels cannot take, said before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu import choice
+from pallas_kernels.tpu.problem import Problem
+
+#: Elementwise primitives that Mosaic GPU has no lowering for.
+LACKING = frozenset({"ceil", "copy", "floor", "log1p", "pow"})
+
+
+def refusal(p: Problem, q: Any, k: Any, v: Any, *, backward: bool = False) -> str | None:
+    """Why the kernels cannot run padded ``q [B, T, N, H]``, ``k [B, S, K, H]``, ``v [B, S, K, Hv]`` (None: they can)."""
+    width, value_width = q.shape[-1], v.shape[-1]
+    if jnp.dtype(q.dtype) not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"it takes bfloat16 or float16, the same for q, k and v, not {q.dtype}, {k.dtype} and {v.dtype}"
+    if width % 64 or value_width % 64:
+        return f"its head widths are multiples of 64, not {width} and {value_width}; pad them with zeros"
+    if p.block_q != choice.BLOCK_Q or p.block_k not in (64, 128):
+        return f"its blocks are {choice.BLOCK_Q} queries by 64 or 128 keys, not {p.block_q} by {p.block_k}"
+    if (q.shape[1], v.shape[1]) != p.padded:
+        return f"its inputs come padded to {p.padded} queries and keys, not {(q.shape[1], v.shape[1])}"
+    if not choice.slots(width, value_width, p.block_k):
+        return f"heads {width} and {value_width} wide do not fit into shared memory with {p.block_k} keys at a time"
+    if backward and not choice.backward_slots(width, value_width, p.block_k):
+        return (
+            f"its derivative takes heads up to 128 wide and blocks of 128 keys, not heads {width} and {value_width} wide and "
+            f"blocks of {p.block_k}"
+        )
+    if any(layout.form == "distance" for layout in (*p.score_layouts, *p.mask_layouts)):
+        return "it takes no arrays by distance of query and key; give a bias per query and key"
+    if (found := next((name for name in _primitives(p) if name in LACKING), None)) is not None:
+        return f"{found!r} does not run inside a GPU kernel"
+    return None
+
+
+def _primitives(p: Problem) -> Iterator[str]:
+    """The names of the primitives in the mask, the score, the weight map and dropout."""
+    cell, number = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.int32)
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    cells = one, one, number, number
+
+    def parts(layouts: Any) -> list[Any]:
+        return [number if layout.boolean else cell for layout in layouts]
+
+    traced = [
+        (p.mask, (*cells, *parts(p.mask_layouts))),
+        (p.score, (cell, *cells, *parts(p.score_layouts))),
+        (p.phi, (cell,)),
+        (p.keep, (one, one, *cells)),
+    ]
+    for function, inputs in traced:
+        if function is not None:
+            yield from _names(jax.make_jaxpr(function)(*inputs).jaxpr)
+
+
+def _names(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        inner = [x for x in eqn.params.values() if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+        if not inner:
+            yield eqn.primitive.name
+        for x in inner:
+            yield from _names(getattr(x, "jaxpr", x))
