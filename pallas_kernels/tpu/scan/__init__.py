@@ -1,0 +1,1 @@
+"""Chunked linear recurrences: one chunk algebra for gated linear attention, delta rules and diagonal plus rank one."""

@@ -1,0 +1,154 @@
+"""The chunked recurrence as TPU kernels, forward and backward, with its derivative.
+
+Both walk the chunks in order (the backward one from the end) for a few heads at a time, whose states stay in fast memory:
+the chains of products of one head leave the matrix units idle, those of several overlap. The backward kernel has each
+chunk's incoming state, which the forward kernel wrote, and differentiates the chunk's algebra where it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tpu.launch import launch
+from pallas_kernels.tpu.scan.choice import heads_at_once
+from pallas_kernels.tpu.scan.chunk import Form, Tokens, chunk
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(form: Form, x: Tokens, state: Any) -> tuple[Any, Any]:
+    """``(out [R, T, V], state [R, V, K])`` of R heads, T whole chunks.
+
+    x: ``q, k, a, b [R, T, K]``, ``v [R, T, V]``, ``w [R, T, K]`` or per head ``[R, T / chunk, 1, chunk]`` float32. The
+    states, before and after, are float32.
+    """
+    return _forward(form, x, state, keep=False)[:2]
+
+
+def _scan_forward(form: Form, x: Tokens, state: Any) -> Any:
+    out, last, states = _forward(form, x, state, keep=True)
+    return (out, last), (x, states)
+
+
+def _scan_backward(form: Form, saved: Any, d: tuple[Any, Any]) -> tuple[Tokens, Any]:
+    x, states = saved
+    return _backward(form, x, states, d[0].astype(x.v.dtype), d[1])
+
+
+scan.defvjp(_scan_forward, _scan_backward)
+
+
+class _Blocks:
+    """Sizes, and how arrays are cut; ``turned``: chunks come last to first."""
+
+    def __init__(self, form: Form, x: Tokens, turned: bool):
+        self.rows, length, self.width = x.v.shape
+        self.depth = x.q.shape[-1]
+        self.chunks = length // form.chunk
+        self.form, self.turned = form, turned
+        self.heads = heads_at_once(self.rows)
+        self.grid = (self.rows // self.heads, self.chunks)
+
+    def _at(self, c: Any) -> Any:
+        return self.chunks - 1 - c if self.turned else c
+
+    def tokens(self, x: Any) -> pl.BlockSpec:
+        if x.ndim == 4:
+            return pl.BlockSpec((self.heads, 1, 1, self.form.chunk), lambda r, c: (r, self._at(c), 0, 0))
+        return pl.BlockSpec((self.heads, self.form.chunk, x.shape[-1]), lambda r, c: (r, self._at(c), 0))
+
+    def state(self) -> pl.BlockSpec:
+        """Of a step's heads: the same block at every chunk, so it stays in fast memory."""
+        return pl.BlockSpec((self.heads, self.width, self.depth), lambda r, c: (r, 0, 0))
+
+    def states(self) -> pl.BlockSpec:
+        return pl.BlockSpec((self.heads, 1, self.width, self.depth), lambda r, c: (r, self._at(c), 0, 0))
+
+
+def _given(x: Tokens) -> tuple[list[str], list[Any]]:
+    """The fields that are there, by name."""
+    names = [name for name, value in x._asdict().items() if value is not None]
+    return names, [getattr(x, name) for name in names]
+
+
+def _tokens_of(form: Form, names: list[str], refs: Any, head: int) -> Tokens:
+    """One head's chunk."""
+    return Tokens(**{
+        name: ref[head, 0] if name == "w" and form.decay == "head" else ref[head] for name, ref in zip(names, refs, strict=True)
+    })  # fmt: skip
+
+
+def _forward(form: Form, x: Tokens, state: Any, keep: bool) -> Any:
+    p = _Blocks(form, x, turned=False)
+    names, arrays = _given(x)
+    kept = [jax.ShapeDtypeStruct((p.rows, p.chunks, p.width, p.depth), jnp.float32)] if keep else []
+    return launch(
+        functools.partial(_forward_kernel, form, names),
+        name="attnzoo_scan",
+        scalars=(),
+        grid=p.grid,
+        in_specs=[*(p.tokens(u) for u in arrays), p.state()],
+        inputs=[*arrays, state],
+        out_specs=[p.tokens(x.v), p.state(), *(p.states() for _ in kept)],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
+            jax.ShapeDtypeStruct(state.shape, jnp.float32),
+            *kept,
+        ],
+        scratch=[],
+        parallel=1,
+    )
+
+
+def _forward_kernel(form: Form, names: list[str], *refs: Any) -> None:
+    tokens, (start, out, state, *states) = refs[: len(names)], refs[len(names) :]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        state[...] = start[...]
+
+    for head in range(out.shape[0]):
+        here = state[head]
+        for ref in states:
+            ref[head, 0] = here
+        o, state[head] = chunk(form, here, _tokens_of(form, names, tokens, head))
+        out[head] = o.astype(out.dtype)
+
+
+def _backward(form: Form, x: Tokens, states: Any, d_out: Any, d_last: Any) -> tuple[Tokens, Any]:
+    p = _Blocks(form, x, turned=True)
+    names, arrays = _given(x)
+    *grads, d_state = launch(
+        functools.partial(_backward_kernel, form, names),
+        name="attnzoo_scan_backward",
+        scalars=(),
+        grid=p.grid,
+        in_specs=[*(p.tokens(u) for u in arrays), p.states(), p.tokens(d_out), p.state()],
+        inputs=[*arrays, states, d_out, d_last],
+        out_specs=[*(p.tokens(u) for u in arrays), p.state()],
+        out_shape=[*(jax.ShapeDtypeStruct(u.shape, u.dtype) for u in arrays), jax.ShapeDtypeStruct(d_last.shape, jnp.float32)],
+        scratch=[],
+        parallel=1,
+    )
+    return Tokens(**dict(zip(names, grads, strict=True))), d_state
+
+
+def _backward_kernel(form: Form, names: list[str], *refs: Any) -> None:
+    count = len(names)
+    tokens, (states, d_out, d_last), grads, d_state = refs[:count], refs[count : count + 3], refs[count + 3 : -1], refs[-1]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        d_state[...] = d_last[...]
+
+    for head in range(d_out.shape[0]):
+        x = _tokens_of(form, names, tokens, head)
+        pull = jax.vjp(functools.partial(chunk, form), states[head, 0], x)[1]
+        d_state[head], d = pull((d_out[head].astype(jnp.float32), d_state[head]))
+        for name, ref in zip(names, grads, strict=True):
+            here = ref.at[head, 0] if name == "w" and form.decay == "head" else ref.at[head]
+            here[...] = getattr(d, name).astype(ref.dtype)
