@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +34,7 @@ from attnzoo.core.weights import Normalised, Pointwise
 
 def refusal(r: Request) -> str | None:
     """Why this backend cannot run the request (None: it can)."""
-    from pallas_kernels.tpu import launch
-
-    if launch.generation() is None and not launch.simulated():
+    if not _there():
         return f"it needs a TPU, and the default device is a {jax.default_backend()}"
     if r.return_weights:
         return "it never holds the weights that return_weights asks for"
@@ -50,6 +49,14 @@ def refusal(r: Request) -> str | None:
     if isinstance(r.weights, Pointwise) and (found := outside(r.weights.phi)) is not None:
         return f"{r.weights} uses {found!r}, which does not run inside a kernel"
     return _try_plan(r)
+
+
+def _there() -> bool:
+    """Whether there is a TPU, described or simulated ones included; these take a module that is slow to import."""
+    if jax.default_backend() == "tpu":
+        return True
+    launch = sys.modules.get("pallas_kernels.tpu.launch")
+    return launch is not None and (launch.generation() is not None or launch.simulated())
 
 
 def _try_plan(r: Request) -> str | None:
