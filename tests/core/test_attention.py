@@ -377,7 +377,7 @@ class TestExplain:
     def test_says_what_auto_takes_and_why(self):
         x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
         big = explain(x, x, x, mask=Causal() & SlidingWindow(512))
-        assert big.backend == "blockwise" and set(big.refused) == {"cudnn"}
+        assert big.backend == "blockwise" and set(big.refused) == {"cudnn", "pallas"}
         assert big.block_map is not None and big.block_map.counts() == {"empty": 49, "partial": 15, "full": 0}
         assert "Causal() & SlidingWindow(512)" in str(big) and "49 empty" in str(big)
         small = jax.ShapeDtypeStruct((1, 64, 8, 64), jnp.float32)
@@ -385,4 +385,4 @@ class TestExplain:
         assert explain(x, x, x, return_weights=True).backend == "dense"
 
     def test_names_are_the_backends(self):
-        assert set(BACKENDS) == {"dense", "blockwise", "cudnn"}
+        assert set(BACKENDS) == {"dense", "blockwise", "cudnn", "pallas"}
