@@ -70,9 +70,9 @@ def run(r: Request) -> Result:
     problem = Problem(
         walk,
         score.apply if score else None,
-        tuple(op.kind for op in score_ops),
+        tuple((op.kind, op.block) for op in score_ops),
         mask.apply if mask else None,
-        tuple(op.kind for op in mask_ops),
+        tuple((op.kind, op.block) for op in mask_ops),
         r.weights if isinstance(r.weights, Pointwise) else None,
         None if r.dropout is None else r.dropout.rate,
     )
@@ -104,11 +104,11 @@ class Problem:
 
     def parts(self, kinds: tuple[Any, ...], xs: list[Array], tile: Tile) -> list[Array]:
         keys = self.walk.blocks_k * self.walk.block_k
-        return [cut(Operand(x, kind), tile, keys) for x, kind in zip(xs, kinds, strict=True)]
+        return [cut(Operand(x, *kind), tile, keys) for x, kind in zip(xs, kinds, strict=True)]
 
     def scored(self, s: Array, cells: Any, tile: Tile, parts: list[Array]) -> Array:
         assert self.score is not None
-        ops = (spread(Operand(x, kind), x, tile) for x, kind in zip(parts, self.score_kinds, strict=True))
+        ops = (spread(Operand(x, *kind), x, tile) for x, kind in zip(parts, self.score_kinds, strict=True))
         return jnp.broadcast_to(self.score(s, cells, *ops), s.shape)
 
     def visible(self, cells: Any, tile: Tile, rest: Rest) -> Array:
@@ -116,7 +116,7 @@ class Problem:
         ok = jnp.asarray(True)
         if self.mask is not None:
             parts = self.parts(self.mask_kinds, rest.mask_xs, tile)
-            ops = (spread(Operand(x, kind), x, tile) for x, kind in zip(parts, self.mask_kinds, strict=True))
+            ops = (spread(Operand(x, *kind), x, tile) for x, kind in zip(parts, self.mask_kinds, strict=True))
             ok = jnp.asarray(self.mask(cells, *ops), bool)
         if self.walk.padding[1]:
             ok = ok & (cells.s < self.walk.g.keys)
@@ -309,7 +309,7 @@ def _moving_kinds(p: Problem, differentiable: list[bool]) -> list[Any]:
 
 def _add_part(p: Problem, kind: Any, x: Array, part: Array, tile: Tile) -> Array:
     """Add the gradient of a cut part where it was cut from."""
-    start, size = operand_window(Operand(x, kind), tile, p.walk.blocks_k * p.walk.block_k)
+    start, size = operand_window(Operand(x, *kind), tile, p.walk.blocks_k * p.walk.block_k)
     if size == x.shape:
         return x + part
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, size) + part, start)
