@@ -59,8 +59,8 @@ def linear_recurrence(
     Raises:
         ValueError: shapes that do not fit, a chunk size or a backend that cannot run this.
 
-    Decays, states and the triangular solve are float32; products take the type of ``q`` and sum in float32. Differentiable
-    once, in reverse, in all arrays.
+    Decays and states are float32; products take the type of ``q`` and sum in float32; the triangular solve is rounded to
+    that type only once its inverse is there. Differentiable once, in reverse, in all arrays.
     """
     lead = q.shape[:-3]
     _check(q, k, v, log_decay, a, b, state)

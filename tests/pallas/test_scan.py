@@ -11,6 +11,7 @@ import pytest
 
 from attnzoo.core.recurrence import linear_recurrence
 from pallas_kernels.tpu.launch import compiling_for, simulation
+from pallas_kernels.tpu.scan.products import inverse, sums
 from tests.core import recurrence_oracle as oracle
 
 SOME = [("none", "shared"), ("head", "none")]
@@ -81,6 +82,22 @@ def test_what_the_kernel_cannot_take_is_refused_by_name(rng):
             linear_recurrence(**x, chunk_size=8, backend="tpu")
         with pytest.raises(ValueError, match="the same for q, k, v"):
             linear_recurrence(**(x | {"v": x["v"].astype(np.float16)}), backend="tpu")
+
+
+def test_products_of_bfloat16_that_are_finer_than_it(rng):
+    """Sums of decays lose nothing; an inverse has at least 12 right bits before it is rounded."""
+    chosen = np.tril(np.ones((64, 64), np.float32))
+    w = rng.normal(size=(64, 8)).astype(np.float32)
+    wanted = chosen.astype(np.float64) @ w
+    np.testing.assert_allclose(sums(chosen, w, jnp.bfloat16), wanted, atol=5e-6)
+    _, pull = jax.vjp(lambda w: sums(chosen, w, jnp.bfloat16), w)
+    np.testing.assert_allclose(pull(w)[0], chosen.T.astype(np.float64) @ w, atol=5e-6)
+    keys = rng.normal(size=(64, 32))
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    a = np.tril(-keys @ keys.T, -1).astype(np.float32)
+    exact = np.linalg.inv(np.eye(64) - a.astype(np.float64))
+    for dtype, bound in [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-12)]:
+        assert np.abs(inverse(jnp.asarray(a), 6, dtype) - exact).max() < bound * np.abs(exact).max()
 
 
 COMPILE = """

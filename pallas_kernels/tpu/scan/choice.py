@@ -4,7 +4,7 @@ from __future__ import annotations
 
 #: Tokens of a chunk.
 CHUNK = 64
-#: Heads whose chains of products overlap within a step.
+#: Heads of a step: fewer steps, larger transfers.
 HEADS = 2
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.scan.products import differ_first_at, product, solve
+from pallas_kernels.tpu.scan.products import differ_first_at, product, solve, sums
 
 
 class Form(NamedTuple):
@@ -85,14 +85,14 @@ def decays(form: Form, w: Any) -> Decays:
     if form.decay == "head":
         held = [jnp.where(m == i, w, 0.0), jnp.where(m < i, w, 0.0), jnp.where(m > i, w, 0.0)]
         own, before, after = (x.sum(1, keepdims=True) for x in held)
-        between = product(held[1], (i > m).astype(jnp.float32), (1, 0), jnp.float32)
+        between = sums((m < i).astype(jnp.float32), jnp.where(i > m, own, 0.0), form.dtype)
         return Decays(own, before, after, w.sum(1, keepdims=True), between)
     chosen = [m < i, m > i]
     for level in range(form.levels):
         upper, mine = (i >> level) & 1 == 1, i >> level == m >> level
         chosen.append(mine & ((upper & (m < i)) | (~upper & (m > i))))
-    sums = product(jnp.concatenate([x.astype(jnp.float32) for x in chosen]), w, (1, 0), jnp.float32)
-    before, after, *between = jnp.split(sums, len(chosen))
+    reach = sums(jnp.concatenate([x.astype(jnp.float32) for x in chosen]), w, form.dtype)
+    before, after, *between = jnp.split(reach, len(chosen))
     return Decays(w, before, after, w.sum(0, keepdims=True), between)
 
 

@@ -1,8 +1,8 @@
 """The chunked recurrence as TPU kernels, forward and backward, with its derivative.
 
-Both walk the chunks in order (the backward one from the end) for a few heads at a time, whose states stay in fast memory:
-the chains of products of one head leave the matrix units idle, those of several overlap. The backward kernel has each
-chunk's incoming state, which the forward kernel wrote, and differentiates the chunk's algebra where it runs.
+Both walk the chunks in order (the backward one from the end) for a few heads at a time, whose states stay in fast memory.
+The backward kernel has each chunk's incoming state, which the forward kernel wrote, and differentiates the chunk's algebra
+where it runs. The compiler works through the heads of a step one after another: its schedules overlap them little.
 """
 
 from __future__ import annotations
