@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._measure import environment
+from pallas_kernels import schedule
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "kernels.md"
@@ -84,8 +85,6 @@ def problems(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
 
 def compile_one(generation: str, name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """In this process, which must not have used a TPU compiler before."""
-    from pallas_kernels import schedule
-
     schedule.prepare(folder)
     f, arguments = problems(options)[name]()
     schedule.compiled(generation, f, arguments)
@@ -148,7 +147,13 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(compile_one(generation, name, Path(folder), options)))
         return 0
     rows = []
-    for generation in options.generations.split(","):
+    generations = options.generations.split(",")
+    try:
+        for generation in generations:
+            schedule.check(generation)
+    except (ValueError, ImportError) as e:
+        parser.error(str(e))
+    for generation in generations:
         for name in problems(options):
             for found in compile_apart(generation, name, options):
                 rows.append({"generation": generation, "problem": name, "pass": role(found["kernel"]), **found})

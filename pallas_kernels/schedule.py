@@ -9,6 +9,7 @@ process compiles for one generation, and starts with :func:`prepare` before JAX 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -48,6 +49,14 @@ def prepare(folder: Path) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def check(generation: str) -> None:
+    """Raises ValueError for a generation that is not known, and ImportError where the compiler is not installed."""
+    if generation not in SLICES:
+        raise ValueError(f"generation: one of {', '.join(SLICES)} is needed, got {generation!r}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError('the TPU compiler is not installed: pip install -e ".[tpu]"')
+
+
 def device(generation: str, topology: str | None = None) -> Any:
     """A described, absent device to compile for."""
     return devices(generation, topology)[0]
@@ -56,12 +65,11 @@ def device(generation: str, topology: str | None = None) -> Any:
 def devices(generation: str, topology: str | None = None) -> list[Any]:
     """All devices of a described slice; topology such as "v5e:16x16", by default the smallest.
 
-    Raises ValueError for a generation that is not known.
+    Raises ValueError for a generation that is not known, and ImportError where the compiler is not installed.
     """
     from jax.experimental import topologies
 
-    if generation not in SLICES:
-        raise ValueError(f"generation: one of {', '.join(SLICES)} is needed, got {generation!r}")
+    check(generation)
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology or SLICES[generation])
     return list(described.devices)
 

@@ -317,6 +317,8 @@ def _evaluate(out: _Node, scalars: dict[str, Any], parts: Sequence[Any], place: 
         values = [of(i) for i in n.inputs]
         if n.eqn.primitive.name in _RESHAPES:
             return values[0]
+        if n.eqn.primitive.name == "sign":  # whose lowering asks which device there is, when compiling for one that is not
+            return (values[0] > 0).astype(n.aval.dtype) - (values[0] < 0).astype(n.aval.dtype)
         shape = np.broadcast_shapes(*(jnp.shape(v) for v in values))
         return _bind(n.eqn, [v if jnp.shape(v) == shape else jnp.broadcast_to(v, shape) for v in values])[n.index]
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_SIMULATED: contextvars.ContextVar[bool] = contextvars.ContextVar("simulated", default=False)
-_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+from pallas_kernels.target import Target
+
+_TARGET = Target("gpu")
 
 
-@contextlib.contextmanager
-def simulation() -> Iterator[None]:
+def simulation() -> contextlib.AbstractContextManager[None]:
     """Run kernels by JAX's GPU simulator on this machine: slow, and strict.
 
     Warpgroups, shared memory, bulk copies and barriers are simulated; matrix products are done by plain JAX instead of
@@ -23,35 +22,22 @@ def simulation() -> Iterator[None]:
     """
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulator
 
-    token = _SIMULATED.set(True)
-    try:
-        yield
-        races = simulator.get_races()
-        if races is not None and races.races_found:
-            raise RuntimeError("the simulated kernel has a race between reading and writing the same memory")
-    finally:
-        _SIMULATED.reset(token)
-        simulator.reset_gpu_interpret_mode_state()
+    return _TARGET.simulation(simulator.get_races, simulator.reset_gpu_interpret_mode_state)
 
 
-@contextlib.contextmanager
-def compiling_for(generation: str) -> Iterator[None]:
+def compiling_for(generation: str) -> contextlib.AbstractContextManager[None]:
     """Trace for a GPU generation ("hopper") on a machine that has none, to be lowered for platform "cuda"."""
-    token = _TARGET.set(generation)
-    try:
-        yield
-    finally:
-        _TARGET.reset(token)
+    return _TARGET.compiling_for(generation)
 
 
 def simulated() -> bool:
-    return _SIMULATED.get()
+    return _TARGET.simulated
 
 
 def generation() -> str | None:
     """The GPU generation that kernels are traced for now; None where there is none that they run on."""
-    if _TARGET.get() is not None:
-        return _TARGET.get()
+    if _TARGET.generation is not None:
+        return _TARGET.generation
     if jax.default_backend() != "gpu":
         return None
     return "hopper" if str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.") else None

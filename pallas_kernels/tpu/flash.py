@@ -30,8 +30,10 @@ from pallas_kernels.tpu.problem import (
     operand_spec,
     pieces,
     read_operand,
+    row_maps,
     visible,
     wide,
+    work_through,
 )
 
 
@@ -68,9 +70,7 @@ def current(p: Problem, capacity: int, b: Any, h: Any, step: Any, words: Any, co
 def specs(p: Problem, place: Any, x: Inputs) -> tuple[list[Any], list[Any]]:
     """Of q, k, v, and of the operands of score and mask."""
 
-    def query(*a: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*a)
-        return b, h, i, 0
+    query, _ = row_maps(place)
 
     def key(*a: Any) -> tuple[Any, ...]:
         b, h, _, j = place(*a)
@@ -109,16 +109,8 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
     padded like the inputs. Rows that see nothing: 0 and -inf."""
     place = row_place(p, tiles.capacity)
     main, operands = specs(p, place, x)
+    query, statistic = row_maps(place)
     width = x.v.shape[-1]
-
-    def query(*a: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*a)
-        return b, h, i, 0
-
-    def statistic(*a: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*a)
-        return b, h, 0, i
-
     return launch(
         functools.partial(_forward_kernel, p, tiles),
         name="attnzoo_flash_forward",
@@ -158,7 +150,7 @@ def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, 
     def product(at: Piece) -> Any:
         return dot(q[0, 0, pl.ds(at.row, at.rows)], k[0, 0, pl.ds(at.column, at.columns)], (1, 1))
 
-    def absorb(at: Piece, s: Any, masked: bool) -> None:
+    def absorb(masked: bool, at: Piece, s: Any) -> None:
         rows = pl.ds(at.row, at.rows)
         s = logits(p, s, at, *here, masked, score_refs, mask_refs)
         if p.phi is None:
@@ -176,11 +168,7 @@ def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, 
 
     def tile(masked: bool) -> None:
         work = pieces(p, jobs.major(word), jobs.minor(word), sideways=False)
-        s = product(work[0])
-        for at, following in zip(work, [*work[1:], None], strict=True):
-            ahead = None if following is None else product(following)
-            absorb(at, s, masked)
-            s = ahead
+        work_through(work, product, functools.partial(absorb, masked))
 
     for kind in tiles.kinds & {PARTIAL, FULL}:
         pl.when(live & (jobs.kind(word) == kind))(functools.partial(tile, kind == PARTIAL))

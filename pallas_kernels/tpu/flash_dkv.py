@@ -18,7 +18,7 @@ from pallas_kernels.tpu import jobs
 from pallas_kernels.tpu.flash import Inputs, specs
 from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
 from pallas_kernels.tpu.launch import launch
-from pallas_kernels.tpu.problem import LANES, LOG2E, Piece, Problem, dot, pieces
+from pallas_kernels.tpu.problem import LANES, LOG2E, Piece, Problem, dot, pieces, row_maps, work_through
 from pallas_kernels.tpu.recompute import weights_again
 
 
@@ -41,13 +41,7 @@ def keys_gradient(
 
     main, operands = specs(p, place, x)
 
-    def query(*a: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*a)
-        return b, h, i, 0
-
-    def statistic(*a: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*a)
-        return b, h, 0, i
+    query, statistic = row_maps(place)
 
     def column(b: Any, kh: Any, step: Any, g: Any, words: Any, count: Any, *_: Any) -> tuple[Any, ...]:
         return b, kh, 0, jobs.major(word_of(b, kh, step, words, count))
@@ -110,7 +104,8 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
         rows, columns = pl.ds(at.row, at.rows), pl.ds(at.column, at.columns)
         return dot(k[0, 0, columns], q[0, 0, rows], (1, 1)), dot(v[0, 0, columns], do[0, 0, rows], (1, 1))
 
-    def absorb(at: Piece, s: Any, dw: Any, masked: bool) -> None:
+    def absorb(masked: bool, at: Piece, products: tuple[Any, Any]) -> None:
+        s, dw = products
         rows, columns = pl.ds(at.row, at.rows), pl.ds(at.column, at.columns)
         weight, pull = weights_again(p, s, at, norm[0, 0, :, rows], *here, masked, (score_refs, mask_refs))
         if p.keep is not None:
@@ -125,11 +120,7 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
 
     def tile(masked: bool) -> None:
         work = pieces(p, jobs.minor(word), jobs.major(word), sideways=True)
-        s = product(work[0])
-        for at, following in zip(work, [*work[1:], None], strict=True):
-            ahead = None if following is None else product(following)
-            absorb(at, *s, masked)
-            s = ahead  # type: ignore[assignment]
+        work_through(work, product, functools.partial(absorb, masked))
 
     for kind in tiles.kinds & {PARTIAL, FULL}:
         pl.when(live & (kind_here == kind))(functools.partial(tile, kind == PARTIAL))

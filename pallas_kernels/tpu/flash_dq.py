@@ -17,7 +17,19 @@ from pallas_kernels.tpu import jobs
 from pallas_kernels.tpu.flash import Inputs, current, row_place, specs
 from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
 from pallas_kernels.tpu.launch import launch
-from pallas_kernels.tpu.problem import LANES, LOG2E, Piece, Problem, add_band, dot, operand_spec, pieces, wide
+from pallas_kernels.tpu.problem import (
+    LANES,
+    LOG2E,
+    Piece,
+    Problem,
+    add_band,
+    dot,
+    operand_spec,
+    pieces,
+    row_maps,
+    wide,
+    work_through,
+)
 from pallas_kernels.tpu.recompute import weights_again
 
 
@@ -26,13 +38,7 @@ def queries_gradient(p: Problem, tiles: Jobs, x: Inputs, d_out: Any, norm: Any, 
     place = row_place(p, tiles.capacity)
     main, operands = specs(p, place, x)
 
-    def query(*a: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*a)
-        return b, h, i, 0
-
-    def statistic(*a: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*a)
-        return b, h, 0, i
+    query, statistic = row_maps(place)
 
     mine = [n for n, (layout, d) in enumerate(zip(p.score_layouts, p.differentiable, strict=True))
             if d and layout.form != "column"]  # fmt: skip
@@ -132,7 +138,8 @@ def _dq_kernel(
         rows, columns = pl.ds(at.row, at.rows), pl.ds(at.column, at.columns)
         return dot(q[0, 0, rows], k[0, 0, columns], (1, 1)), dot(do[0, 0, rows], v[0, 0, columns], (1, 1))
 
-    def absorb(at: Piece, s: Any, dw: Any, masked: bool) -> None:
+    def absorb(masked: bool, at: Piece, products: tuple[Any, Any]) -> None:
+        s, dw = products
         rows, columns = pl.ds(at.row, at.rows), pl.ds(at.column, at.columns)
         _, pull = weights_again(p, s, at, wide(norms[rows], at.columns), *here, masked, (score_refs, mask_refs))
         if p.keep is not None:
@@ -153,11 +160,7 @@ def _dq_kernel(
 
     def tile(masked: bool) -> None:
         work = pieces(p, jobs.major(word), jobs.minor(word), sideways=False)
-        s = product(work[0])
-        for at, following in zip(work, [*work[1:], None], strict=True):
-            ahead = None if following is None else product(following)
-            absorb(at, *s, masked)
-            s = ahead  # type: ignore[assignment]
+        work_through(work, product, functools.partial(absorb, masked))
 
     for kind in tiles.kinds & {PARTIAL, FULL}:
         pl.when(live & (jobs.kind(word) == kind))(functools.partial(tile, kind == PARTIAL))

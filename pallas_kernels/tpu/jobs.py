@@ -19,6 +19,8 @@ SKIP, PARTIAL, FULL = 0, 1, 2
 _FIRST, _LAST, _MINOR, _MAJOR = 2, 3, 4, 17
 #: Blocks per axis that a word can count.
 MOST_BLOCKS = 2 ** (_MAJOR - _MINOR)
+#: Query heads of a key head whose kinds of tile fit beside each other in a word, 2 bits each.
+MOST_MEMBERS = 16
 #: Scalar memory that the lists of one kernel may take, in bytes: half of what a core has.
 MOST_BYTES = 2**19
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_SIMULATED: contextvars.ContextVar[bool] = contextvars.ContextVar("simulated", default=False)
-_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+from pallas_kernels.target import Target
+
+_TARGET = Target("tpu")
 
 
-@contextlib.contextmanager
-def simulation() -> Iterator[None]:
+def simulation() -> contextlib.AbstractContextManager[None]:
     """Run kernels by JAX's TPU simulator on this machine: slow, and strict.
 
     Memory that was never written reads as NaN, reads past the end raise, and so do races between cores or transfers.
@@ -24,35 +23,22 @@ def simulation() -> Iterator[None]:
     """
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
-    token = _SIMULATED.set(True)
-    try:
-        yield
-        races = simulator.races
-        if races is not None and races.races_found:
-            raise RuntimeError("the simulated kernel has a race between reading and writing the same memory")
-    finally:
-        _SIMULATED.reset(token)
-        pltpu.reset_tpu_interpret_mode_state()
+    return _TARGET.simulation(lambda: simulator.races, pltpu.reset_tpu_interpret_mode_state)
 
 
-@contextlib.contextmanager
-def compiling_for(generation: str) -> Iterator[None]:
+def compiling_for(generation: str) -> contextlib.AbstractContextManager[None]:
     """Trace for a TPU generation such as "v5e" on a machine that has none, to be lowered for platform "tpu"."""
-    token = _TARGET.set(generation)
-    try:
-        yield
-    finally:
-        _TARGET.reset(token)
+    return _TARGET.compiling_for(generation)
 
 
 def simulated() -> bool:
-    return _SIMULATED.get()
+    return _TARGET.simulated
 
 
 def generation() -> str | None:
     """The TPU generation that kernels are traced for now; None where there is no TPU."""
-    if _TARGET.get() is not None:
-        return _TARGET.get()
+    if _TARGET.generation is not None:
+        return _TARGET.generation
     if jax.default_backend() != "tpu":
         return None
     kind = jax.devices()[0].device_kind.lower()

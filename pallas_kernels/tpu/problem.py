@@ -134,6 +134,20 @@ Place = Callable[..., tuple[Any, Any, Any, Any]]
 """(grid indices, scalar references) -> batch row, head, query block, key block."""
 
 
+def row_maps(place: Place) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Where the rows of a tile's queries lie: in arrays ``[B, N, T, width]``, and in statistics ``[B, N, 1, T]``."""
+
+    def query(*a: Any) -> tuple[Any, ...]:
+        b, h, i, _ = place(*a)
+        return b, h, i, 0
+
+    def statistic(*a: Any) -> tuple[Any, ...]:
+        b, h, i, _ = place(*a)
+        return b, h, 0, i
+
+    return query, statistic
+
+
 def operand_spec(p: Problem, layout: Layout, place: Place) -> pl.BlockSpec:
     """The part of a laid-out operand that belongs to a tile."""
 
@@ -196,6 +210,15 @@ def pieces(p: Problem, i: Any, j: Any, sideways: bool) -> list[Piece]:
         for c in range(0, p.block_k, p.columns)
         for r in range(0, p.block_q, p.rows)
     ]
+
+
+def work_through(work: list[Piece], product: Callable[[Piece], Any], absorb: Callable[[Piece, Any], None]) -> None:
+    """Absorb every piece's product, having issued the next piece's first."""
+    here = product(work[0])
+    for at, following in zip(work, [*work[1:], None], strict=True):
+        ahead = None if following is None else product(following)
+        absorb(at, here)
+        here = ahead
 
 
 def read_operand(p: Problem, ref: Any, layout: Layout, at: Piece) -> Any:

@@ -48,6 +48,10 @@ CASES = {
         shapes(1024, 4, 4, 128),
     ),
     "sigmoid weights": (jax.grad(both(weights=weights.Sigmoid(), mask=masks.Causal()), (0, 1, 2)), shapes(1024, 4, 4, 128)),
+    "signs and remainders": (
+        jax.grad(both(score=lambda s, b, h, q, k: s * jnp.sign(s) + jnp.sign(q - k) * (s % 2.0)), (0, 1, 2)),
+        shapes(512, 2, 2, 128),
+    ),
     "an array of cells": (
         jax.grad(both(mask=lambda m: m > 0), (0, 1, 2)),
         [*shapes(1024, 4, 4, 128), jax.ShapeDtypeStruct((1, 1, 1024, 1024), "float32")],

@@ -83,8 +83,12 @@ CASES = {
         lambda b, h, q, k: CHOSEN[0, h, q // 128, k // 128],
     ),
     "a function that looks up by distance and by key": Case(
-        arguments={"mask": lambda b, h, q, k: (jnp.asarray(TABLE)[h, q - k + 300] > -1) & (jnp.asarray(TABLE)[0, k] < 1)},
-        cells=lambda b, h, q, k: (TABLE[h, q - k + 300] > -1) & (TABLE[0, k] < 1),
+        arguments={
+            "mask": lambda b, h, q, k: (
+                (jnp.asarray(TABLE)[h, q - k + 300] > -1) & (jnp.asarray(TABLE)[0, k] < 1) | (jnp.sign(k - q - 9) > 0)
+            )
+        },
+        cells=lambda b, h, q, k: (TABLE[h, q - k + 300] > -1) & (TABLE[0, k] < 1) | (k > q + 9),
     ),
     "positions": Case(
         arguments={
@@ -238,6 +242,10 @@ def test_the_same_bits_twice():
 REFUSED = {
     "never holds the weights": {"return_weights": True},
     "multiples of 128": {"block_sizes": (64, 128)},
+    "may share a key head 16 at a time, not 18": {
+        **{name: jnp.zeros((1, 32, 18 if name == "q" else 1, 8)) for name in "qkv"},
+        "mask": masks.Array(jnp.ones((1, 18, 32, 32), bool).at[0, 0].set(False)),
+    },
     "the same for q, k and v": {"v": jnp.zeros((1, 32, 2, 8), jnp.bfloat16)},
     "'dynamic_slice' on values that depend on query and key at once": {
         "score": lambda s, b, h, q, k: s + jnp.zeros((32, 32))[q, k]

@@ -70,6 +70,12 @@ def _try_plan(r: Request) -> str | None:
     if by_distance and launch.generation() == "v4":
         return "TPU v4 cannot shift rows against each other, which arrays looked up by distance need"
     batch, heads, rows, columns = plan.state.shape
+    group = 1 if plan.packed else r.geometry.heads // r.geometry.kv_heads
+    if heads > 1 and group > jobs.MOST_MEMBERS:
+        return (
+            f"heads that see different tiles may share a key head {jobs.MOST_MEMBERS} at a time, not {group}; repeat k and "
+            "v, or let all heads see the same tiles"
+        )
     tiles = None
     if isinstance(plan.state, np.ndarray):
         tiles = int(np.maximum(1, (plan.state > 0).sum(-1)).sum(-1).max())
