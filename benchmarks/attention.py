@@ -6,13 +6,15 @@
     attnzoo bench attention --suite maps --out .   # block maps of a million tokens
 
 Every suite writes ``attention_<suite>.json`` and a plot beside it. Cases take turns in one process and report medians;
-memory is the growth of the process while one call runs.
+``peak_mib`` is the growth of the process while one call runs, ``compiled_mib`` what XLA's plan of the program holds at once
+(arguments, results and temporaries): the same on every run, so the exponent of memory is fitted to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 import tracemalloc
@@ -29,6 +31,7 @@ from attnzoo.core.masks import Causal, Prefix, SlidingWindow
 from benchmarks._measure import environment, interleaved, peak_mib
 
 RESULTS = Path(__file__).parent / "results"
+WHATS = ("forward", "forward+backward")
 
 
 def _inputs(length: int, heads: int, width: int) -> list[np.ndarray]:
@@ -36,16 +39,29 @@ def _inputs(length: int, heads: int, width: int) -> list[np.ndarray]:
     return [rng.normal(size=(1, length, heads, width)).astype(np.float32) for _ in range(3)]
 
 
-def _jax_calls(f: Callable[..., Any], arrays: list[np.ndarray], dtype: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Forward, and forward with backward, compiled for these inputs."""
-    q, k, v = (jnp.asarray(x, dtype) for x in arrays)
-    forward = jax.jit(f).lower(q, k, v).compile()
-    loss = jax.grad(lambda q, k, v: f(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
-    both = jax.jit(loss).lower(q, k, v).compile()
-    return lambda: jax.block_until_ready(forward(q, k, v)), lambda: jax.block_until_ready(both(q, k, v))
+Calls = tuple[Callable[[], Any], Callable[[], Any]]
+"""Forward, and forward with backward."""
 
 
-def _torch_calls(arrays: list[np.ndarray]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+class _Compiled:
+    """A compiled program with its arguments. compiled_mib: arguments, results and temporaries."""
+
+    def __init__(self, f: Callable[..., Any], arguments: list[Any]):
+        self.program, self.arguments = jax.jit(f).lower(*arguments).compile(), arguments
+        held = self.program.memory_analysis()
+        size = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes
+        self.compiled_mib = round(size / 2**20, 1)
+
+    def __call__(self) -> Any:
+        return jax.block_until_ready(self.program(*self.arguments))
+
+
+def _jax_calls(f: Callable[..., Any], arrays: list[np.ndarray], dtype: Any) -> tuple[_Compiled, _Compiled]:
+    qkv = [jnp.asarray(x, dtype) for x in arrays]
+    return _Compiled(f, qkv), _Compiled(jax.grad(lambda q, k, v: f(q, k, v).astype(jnp.float32).sum(), (0, 1, 2)), qkv)
+
+
+def _torch_calls(arrays: list[np.ndarray]) -> dict[str, Calls]:
     try:
         import torch
         import torch.nn.functional as functional
@@ -54,18 +70,42 @@ def _torch_calls(arrays: list[np.ndarray]) -> dict[str, tuple[Callable[[], Any],
     torch.set_num_threads(environment()["cores"])
     q, k, v = (torch.tensor(x).transpose(1, 2).contiguous().requires_grad_() for x in arrays)
 
+    def calls(f: Callable[..., Any]) -> Calls:
+        def forward() -> None:
+            with torch.no_grad():
+                f(q, k, v)
+
+        def both() -> None:
+            q.grad = k.grad = v.grad = None
+            f(q, k, v).sum().backward()
+
+        return forward, both
+
+    return {"torch sdpa": calls(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True))}
+
+
+def _flex_forward(arrays: list[np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """PyTorch's flex_attention, compiled: on CPUs it has no backward pass, and needs a C++ compiler."""
+    if shutil.which("g++") is None:
+        return {}
+    try:
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    except ImportError:
+        return {}
+    q, k, v = (torch.tensor(x).transpose(1, 2).contiguous() for x in arrays)
+    length = q.shape[2]
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device="cpu")
+    compiled = torch.compile(flex_attention)
+
     def forward() -> None:
         with torch.no_grad():
-            functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            compiled(q, k, v, block_mask=mask)
 
-    def both() -> None:
-        q.grad = k.grad = v.grad = None
-        functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-
-    return {"torch sdpa": (forward, both)}
+    return {"torch flex_attention": forward}
 
 
-def _tokamax_calls(arrays: list[np.ndarray]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+def _tokamax_calls(arrays: list[np.ndarray]) -> dict[str, Calls]:
     try:
         import tokamax
     except ImportError:
@@ -92,16 +132,14 @@ def causal(options: argparse.Namespace) -> dict[str, Any]:
         **_torch_calls(arrays),
         **_tokamax_calls(arrays),
     }
-    times = [interleaved({name: pair[i] for name, pair in calls.items()}, options.repeat) for i in (0, 1)]
-    rows = {
-        name: {
-            "forward": times[0][name] | {"peak_mib": peak_mib(pair[0])},
-            "forward+backward": times[1][name] | {"peak_mib": peak_mib(pair[1])},
-        }
-        for name, pair in calls.items()
-    }
+    forward_only = _flex_forward(arrays)
+    rows: dict[str, dict[str, Any]] = {name: {} for name in (*calls, *forward_only)}
+    for i, what in enumerate(WHATS):
+        cases = {name: pair[i] for name, pair in calls.items()} | ({} if i else forward_only)
+        for name, times in interleaved(cases, options.repeat).items():
+            rows[name][what] = times | {"peak_mib": peak_mib(cases[name])}
     ratios = {}
-    for what in ("forward", "forward+backward"):
+    for what in WHATS:
         mine = rows["attnzoo blockwise"][what]["median_ms"]
         ratios[what] = {
             "faster_than_jax.nn": round(rows["jax.nn"][what]["median_ms"] / mine, 2),
@@ -125,15 +163,15 @@ def window(options: argparse.Namespace) -> dict[str, Any]:
     times = [interleaved({str(n): pairs[n][i] for n in lengths}, options.repeat) for i in (0, 1)]
     for n in lengths:
         rows[str(n)] = {
-            "forward": times[0][str(n)] | {"peak_mib": peak_mib(pairs[n][0])},
-            "forward+backward": times[1][str(n)] | {"peak_mib": peak_mib(pairs[n][1])},
+            what: times[i][str(n)] | {"peak_mib": peak_mib(pairs[n][i]), "compiled_mib": pairs[n][i].compiled_mib}
+            for i, what in enumerate(WHATS)
         }
     last = lengths[-1]
     arrays = _inputs(last, options.heads, options.width)
     dense = _jax_calls(lambda q, k, v: attention(q, k, v, backend="blockwise"), arrays, jnp.float32)
     share = mask.block_map(last).visited
     against = {}
-    for i, what in enumerate(("forward", "forward+backward")):
+    for i, what in enumerate(WHATS):
         both = interleaved({"window": pairs[last][i], "all tiles": dense[i]}, 3)
         ratio = both["window"]["median_ms"] / both["all tiles"]["median_ms"]
         against[what] = both | {"share_of_tiles": round(share, 5), "cost_per_tile_over_dense": round(ratio / share, 2)}
@@ -142,10 +180,7 @@ def window(options: argparse.Namespace) -> dict[str, Any]:
         y = [rows[str(n)][what][field] for n in lengths]
         return round(float(np.polyfit(np.log(lengths), np.log(y), 1)[0]), 3)
 
-    exponents = {
-        what: {"time": exponent(what, "median_ms"), "memory": exponent(what, "peak_mib")}
-        for what in ("forward", "forward+backward")
-    }
+    exponents = {what: {"time": exponent(what, "median_ms"), "memory": exponent(what, "compiled_mib")} for what in WHATS}
     sizes = {"B": 1, "N": options.heads, "H": options.width, "window": 256}
     return {"sizes": sizes, "rows": rows, "exponents": exponents, "against_all_tiles": against}
 
@@ -174,14 +209,14 @@ SUITES = {"causal": causal, "window": window, "maps": maps}
 def _plot(suite: str, result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    whats = ("forward", "forward+backward")
     if suite == "maps":
         return
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     rows = result["rows"]
-    for ax, field, label in zip(axes, ("median_ms", "peak_mib"), ("milliseconds (median)", "peak memory, MiB"), strict=True):
-        for i, what in enumerate(whats):
-            y = [rows[name][what][field] for name in rows]
+    memory = "compiled_mib" if suite == "window" else "peak_mib"
+    for ax, field, label in zip(axes, ("median_ms", memory), ("milliseconds (median)", "peak memory, MiB"), strict=True):
+        for i, what in enumerate(WHATS):
+            y = [rows[name].get(what, {}).get(field, np.nan) for name in rows]
             if suite == "window":
                 ax.loglog([int(n) for n in rows], y, "o-", base=2, label=what)
             else:

@@ -129,7 +129,10 @@ def measured() -> str:
         "|---|--:|--:|--:|--:|",
     ]
     for name, row in result["rows"].items():
-        cells = (f"{row[w]['median_ms']:.0f} | {row[w]['peak_mib']:.0f}" for w in ("forward", "forward+backward"))
+        cells = (
+            f"{row[w]['median_ms']:.0f} | {row[w]['peak_mib']:.0f}" if w in row else "no backward | "
+            for w in ("forward", "forward+backward")
+        )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"Measured by `{result['command']}`, which takes turns between the cases in one process."]
     return "\n" + "\n".join(lines) + "\n\n"

@@ -145,12 +145,12 @@ def operand_window(op: Operand, tile: Tile, keys: int) -> tuple[tuple[Any, ...],
     """Start and size of the part of a (padded) operand that belongs to ``tile``; ``keys`` is S with its padding."""
     if op.kind == "aligned":
         whole = op.x.shape
-        start = tuple(0 if n == 1 else a for n, a in zip(whole, tile.start, strict=True))
+        start = tuple(np.int32(0) if n == 1 else a for n, a in zip(whole, tile.start, strict=True))
         return start, tuple(1 if n == 1 else m for n, m in zip(whole, tile.size, strict=True))
     if op.kind == "distance":
         (_, h0, t0, s0), (_, nh, nt, ns) = tile
         one = op.x.shape[0] == 1
-        return (0 if one else h0, t0 - s0 + keys - ns), (1 if one else nh, nt + ns - 1)
+        return (np.int32(0) if one else h0, t0 - s0 + np.int32(keys - ns)), (1 if one else nh, nt + ns - 1)
     return (0,) * op.x.ndim, op.x.shape
 
 

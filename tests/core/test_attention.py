@@ -288,6 +288,28 @@ def test_dropout_is_the_same_on_every_backend_and_keeps_its_share(qkv):
     np.testing.assert_allclose(grads[0], grads[1], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mask", "score"),
+    [
+        (Causal(), ALiBi(SLOPES)),
+        (Lengths(jnp.asarray([26, 9])), Bias(np.ones((N, T, S)))),
+        (lambda b, h, q, k: (q + k + h) % 3 != 0, None),
+    ],
+)
+def test_x64_changes_nothing(qkv, mask, score):
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(x) for x in qkv)
+        found = [
+            jax.value_and_grad(
+                lambda *a, b=b: run(*a, b, mask=mask, score=score, dropout_rate=0.2, dropout_rng=jax.random.key(7)).sum(),
+                (0, 1, 2),
+            )(q, k, v)
+            for b in ("dense", "blockwise")
+        ]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *found)
+
+
 def test_second_derivatives_are_dense_only(qkv):
     def twice(backend):
         f = lambda q: (attention(q, *qkv[1:], backend=backend) ** 2).sum()  # noqa: E731

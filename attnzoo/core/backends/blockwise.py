@@ -83,8 +83,9 @@ def run(r: Request) -> Result:
     out, lse = _attend(problem, q, r.k.astype(dtype), r.v.astype(dtype), [op.x for op in score_ops], rest)
     final: Array | None = None
     if problem.phi is None:
-        out, final = r.weights.finish(out, lse)
-    return Result(jnp.moveaxis(out, 1, 2), final)
+        out, final = r.weights.finish(jnp.moveaxis(out, 1, 2), lse)
+        out = jnp.moveaxis(out, 1, 2)
+    return Result(out, final)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ class Problem:
     def scored(self, s: Array, cells: Any, tile: Tile, parts: list[Array]) -> Array:
         assert self.score is not None
         ops = (spread(Operand(x, *kind), x, tile) for x, kind in zip(parts, self.score_kinds, strict=True))
-        return jnp.broadcast_to(self.score(s, cells, *ops), s.shape)
+        return jnp.broadcast_to(self.score(s, cells, *ops), s.shape).astype(s.dtype)
 
     def visible(self, cells: Any, tile: Tile, rest: Rest) -> Array:
         """Cells of a partial tile that may be seen, ``[1|Bt, 1|Nt, block_q, block_k]``."""
@@ -140,10 +141,19 @@ class Rest:
     seed: Any
 
 
+def _zeros(shape: tuple[int, ...]) -> Array:
+    return jnp.zeros(shape, jnp.float32)  # also where x64 is on
+
+
+def _padded(x: Array, rows: int) -> Array:
+    """``[B, T, N, H]`` with further tokens of zeros."""
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0))) if rows else x
+
+
 def _by_blocks(x: Array, block: int, blocks: int) -> Array:
     """``[B, T, N, H] -> [B, N, blocks, block, H]``, padded with zeros."""
     b, t, n, h = x.shape
-    x = jnp.pad(x, ((0, 0), (0, blocks * block - t), (0, 0), (0, 0))) if blocks * block != t else x
+    x = _padded(x, blocks * block - t)
     return jnp.moveaxis(x.reshape(b, blocks, block, n, h), 3, 1)
 
 
@@ -157,15 +167,15 @@ def _loop(lists: RowLists, row: Array, body: Callable[[Array, Any], Any], carry:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(p: Problem, q: Array, k: Array, v: Array, score_xs: list[Array], rest: Rest) -> tuple[Array, Array]:
-    """``out [B, N, T, Hv]`` and ``lse [B, N, T]`` (zeros for pointwise maps), float32. ``q`` comes scaled."""
+    """``out [B, T, N, Hv]`` and ``lse [B, N, T]`` (zeros for pointwise maps), float32. ``q`` comes scaled."""
     w = p.walk
     (bt, nt, block_q, block_k), kt = w.size, w.kv_heads
-    qs = _by_blocks(q, block_q, w.blocks_q)
+    qs = _padded(q, w.padding[0])
     ks = jnp.swapaxes(_by_blocks(k, block_k, w.blocks_k), -1, -2)
     vs = _by_blocks(v, block_k, w.blocks_k)
     g, width = p.geometry(rest), v.shape[-1]
 
-    def row_of_tiles(_: None, row: Array) -> tuple[None, tuple[Array, Array]]:
+    def row_of_tiles(out: Array, row: Array) -> tuple[Array, Array]:
         qi = w.of_queries(qs, row).reshape(bt, kt, -1, q.shape[-1])
 
         def step(masked: bool, j: Array, carry: Any) -> Any:
@@ -191,18 +201,19 @@ def _attend(p: Problem, q: Array, k: Array, v: Array, score_xs: list[Array], res
             return top, total, acc + add.reshape(acc.shape)
 
         rows = (bt, nt, block_q)
-        carry = (jnp.full(rows, HIDDEN), jnp.zeros(rows), jnp.zeros((*rows, width)))
+        carry = (jnp.full(rows, HIDDEN, jnp.float32), _zeros(rows), _zeros((*rows, width)))
         for lists, masked in zip(rest.lists, (False, True), strict=True):
             carry = _loop(lists, row, functools.partial(step, masked), carry)
         top, total, acc = carry
         if p.phi is not None:
-            return None, (acc, total)
+            return w.set_queries(out, row, acc), total
         safe = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, top + jnp.log(safe), jnp.where(jnp.isnan(total), jnp.nan, -jnp.inf))
-        return None, (acc / jnp.where(jnp.isnan(total), total, safe)[..., None], lse)
+        return w.set_queries(out, row, acc / jnp.where(jnp.isnan(total), total, safe)[..., None]), lse
 
-    _, (out, lse) = lax.scan(row_of_tiles, None, jnp.arange(np.prod(w.jobs), dtype=jnp.int32))
-    return w.gather_rows(out), w.gather_rows(lse)
+    start = _zeros((*qs.shape[:3], width))
+    out, lse = lax.scan(row_of_tiles, start, jnp.arange(np.prod(w.jobs), dtype=jnp.int32))
+    return out[:, : q.shape[1]], w.gather_rows(lse)
 
 
 def _logits(p: Problem, qi: Array, kj: Array) -> Array:
@@ -226,23 +237,24 @@ def _backward(p: Problem, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     d_out, d_lse = _once_differentiable(cotangents)
     w = p.walk
     (bt, nt, block_q, block_k), kt, g = w.size, w.kv_heads, p.geometry(rest)
-    qs, (ks, vs) = _by_blocks(q, block_q, w.blocks_q), (_by_blocks(x, block_k, w.blocks_k) for x in (k, v))
+    ks, vs = (_by_blocks(x, block_k, w.blocks_k) for x in (k, v))
     k_wide, v_wide = jnp.swapaxes(ks, -1, -2), jnp.swapaxes(vs, -1, -2)
 
-    def rows_by_blocks(x: Array, fill: float = 0.0) -> Array:  # [B, N, T, ...] -> [B, N, blocks, block, ...]
-        pad = [(0, 0), (0, 0), (0, w.padding[0])] + [(0, 0)] * (x.ndim - 3)
-        return jnp.pad(x, pad, constant_values=fill).reshape(*x.shape[:2], w.blocks_q, block_q, *x.shape[3:])
+    def rows_by_blocks(x: Array, fill: float = 0.0) -> Array:  # [B, N, T] -> [B, N, blocks, block]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, w.padding[0])), constant_values=fill)
+        return x.reshape(*x.shape[:2], w.blocks_q, block_q)
 
     # ds = weights · (dw - delta), with delta = Σ weights·dw - d_lse. Rows that saw nothing get weights 0.
-    delta = rows_by_blocks((d_out * out).sum(-1) - d_lse)
+    delta = rows_by_blocks(jnp.swapaxes((d_out * out).sum(-1), 1, 2) - d_lse)
     norm = rows_by_blocks(jnp.where(jnp.isneginf(lse), jnp.inf, lse), fill=jnp.inf)
-    d_outs = rows_by_blocks(d_out.astype(v.dtype))
+    qs, d_outs = (_padded(x.astype(v.dtype), w.padding[0]) for x in (q, d_out))
     differentiable = [jnp.issubdtype(x.dtype, jnp.floating) for x in score_xs]
 
-    def row_of_tiles(carry: Any, row: Array) -> tuple[Any, Array]:
+    def row_of_tiles(carry: Any, row: Array) -> tuple[Any, None]:
+        *carry, dq_all = carry
         qi = w.of_queries(qs, row).reshape(bt, kt, -1, q.shape[-1])
         d_oi = w.of_queries(d_outs, row).reshape(bt, kt, -1, v.shape[-1])
-        norm_i, delta_i = w.of_queries(norm, row), w.of_queries(delta, row)
+        norm_i, delta_i = w.of_rows(norm, row), w.of_rows(delta, row)
 
         def step(masked: bool, j: Array, carry: Any) -> Any:
             dk, dv, dxs, dq = carry
@@ -285,22 +297,22 @@ def _backward(p: Problem, saved: Any, cotangents: tuple[Array, Array]) -> Any:
             dq = dq + jnp.einsum("bkxs,bksh->bkxh", flat, w.of_keys(ks, row, j), preferred_element_type=jnp.float32)
             return w.add_of_keys(dk, row, j, dk_j), w.add_of_keys(dv, row, j, dv_j), dxs, dq
 
-        carry = (*carry, jnp.zeros(qi.shape))
+        carry = (*carry, _zeros(qi.shape))
         for lists, masked in zip(rest.lists, (False, True), strict=True):
             carry = _loop(lists, row, functools.partial(step, masked), carry)
         *carry, dq = carry
-        return tuple(carry), dq.reshape(bt, nt, block_q, q.shape[-1])
+        return (*carry, w.set_queries(dq_all, row, dq.reshape(bt, nt, block_q, q.shape[-1]))), None
 
     start = (
-        jnp.zeros(k_wide.shape),
-        jnp.zeros(v_wide.shape),
+        _zeros(k_wide.shape),
+        _zeros(v_wide.shape),
         [jnp.zeros(x.shape, x.dtype) for x, d in zip(score_xs, differentiable, strict=True) if d],
+        _zeros(qs.shape),
     )
-    (dk, dv, moved), dq = lax.scan(row_of_tiles, start, jnp.arange(np.prod(w.jobs), dtype=jnp.int32))
+    (dk, dv, moved, dq), _ = lax.scan(row_of_tiles, start, jnp.arange(np.prod(w.jobs), dtype=jnp.int32))
     given = iter(moved)
     d_score = [next(given) if d else _no_gradient(x) for x, d in zip(score_xs, differentiable, strict=True)]
-    dq = jnp.moveaxis(w.gather_rows(dq), 1, 2)
-    return dq.astype(q.dtype), _tokens(dk, k), _tokens(dv, v), d_score, jax.tree.map(_no_gradient, rest)
+    return dq[:, : q.shape[1]].astype(q.dtype), _tokens(dk, k), _tokens(dv, v), d_score, jax.tree.map(_no_gradient, rest)
 
 
 def _moving_kinds(p: Problem, differentiable: list[bool]) -> list[Any]:

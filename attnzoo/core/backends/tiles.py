@@ -67,19 +67,36 @@ class Walk:
     def place(self, row: Array) -> tuple[Any, Any, Array]:
         """Batch row, head and query block at which a row of tiles starts."""
         _, heads, blocks = self.jobs
-        i, rest = lax.rem(row, blocks), lax.div(row, blocks)
-        b = lax.div(rest, heads) if self.per_batch else 0
-        h = lax.rem(rest, heads) if self.per_head else 0
+        i, rest = lax.rem(row, np.int32(blocks)), lax.div(row, np.int32(blocks))
+        b = lax.div(rest, np.int32(heads)) if self.per_batch else np.int32(0)
+        h = lax.rem(rest, np.int32(heads)) if self.per_head else np.int32(0)
         return b, h, i
 
     def tile(self, row: Array, j: Array) -> Tile:
         b, h, i = self.place(row)
         return Tile((b, h, i * self.block_q, j * self.block_k), self.size)
 
-    def of_queries(self, x: Array, row: Array) -> Array:
+    def of_rows(self, x: Array, row: Array) -> Array:
         """The part of ``x [B, N, blocks_q, ...]`` that belongs to a row of tiles: ``[Bt, Nt, ...]``."""
         b, h, i = self.place(row)
         return _pick(x, (b, h, i), self.size[:2])
+
+    def of_queries(self, x: Array, row: Array) -> Array:
+        """The part of padded tokens ``x [B, T, N, H]`` that belongs to a row of tiles: ``[Bt, Nt, block_q, H]``.
+
+        Turned here and not beforehand: queries are read once, and a copy of all of them costs more than a tile's.
+        """
+        bt, nt, block_q, _ = self.size
+        part = lax.dynamic_slice(x, self._query_start(row), (bt, block_q, nt, x.shape[-1]))
+        return jnp.swapaxes(part, 1, 2)
+
+    def set_queries(self, x: Array, row: Array, part: Array) -> Array:
+        """``x`` with ``part [Bt, Nt, block_q, H]`` where :meth:`of_queries` reads."""
+        return lax.dynamic_update_slice(x, jnp.swapaxes(part, 1, 2), self._query_start(row))
+
+    def _query_start(self, row: Array) -> tuple[Any, Any, Any, Any]:
+        b, h, i = self.place(row)
+        return b, i * np.int32(self.block_q), h, np.int32(0)
 
     def of_keys(self, x: Array, row: Array, j: Array) -> Array:
         """The part of ``x [B, K, blocks_k, ...]`` that belongs to key block j of a row: ``[Bt, Kt, ...]``."""
@@ -87,24 +104,24 @@ class Walk:
 
     def add_of_keys(self, x: Array, row: Array, j: Array, part: Array) -> Array:
         """``x`` with ``part`` added where :meth:`of_keys` reads."""
-        start = (*self._key_start(row, j), *(0,) * (x.ndim - 3))
+        start = (*self._key_start(row, j), *(np.int32(0),) * (x.ndim - 3))
         old = self.of_keys(x, row, j)
         return lax.dynamic_update_slice(x, (old + part)[:, :, None], start)
 
     def _key_start(self, row: Array, j: Array) -> tuple[Any, Any, Array]:
         b, h, _ = self.place(row)
-        return b, lax.div(h, self.g.heads // self.g.kv_heads) if self.per_head else 0, j
+        return b, lax.div(h, np.int32(self.g.heads // self.g.kv_heads)) if self.per_head else np.int32(0), j
 
     def gather_rows(self, x: Array) -> Array:
-        """Stacked results ``[R, Bt, Nt, block_q, ...]`` of all rows as ``[B, N, T, ...]``."""
+        """Stacked results ``[R, Bt, Nt, block_q]`` of all rows as ``[B, N, T]``."""
         jb, jh, blocks = self.jobs
         x = x.reshape(jb, jh, blocks, *x.shape[1:])
         x = jnp.moveaxis(x, (0, 3, 1, 4, 2), (0, 1, 2, 3, 4))
-        return x.reshape(self.g.batch, self.g.heads, blocks * self.block_q, *x.shape[6:])[:, :, : self.g.queries]
+        return x.reshape(self.g.batch, self.g.heads, blocks * self.block_q)[:, :, : self.g.queries]
 
 
 def _pick(x: Array, start: tuple[Any, Any, Any], size: tuple[int, int]) -> Array:
-    zeros = (0,) * (x.ndim - 3)
+    zeros = (np.int32(0),) * (x.ndim - 3)
     return lax.dynamic_slice(x, (*start, *zeros), (*size, 1, *x.shape[3:]))[:, :, 0]
 
 
