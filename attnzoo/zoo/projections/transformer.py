@@ -110,7 +110,10 @@ class GroupedQueryAttention(Mixer):
         """A mixer of this class with the weights and settings of another; `own` are this class' further arguments.
 
         Weights are copied, and positions that hold arrays. Further parameters start as the class has them, drawn with seed 0.
+        Raises TypeError for a mixer that is neither plain (`plain`) nor of this very class.
         """
+        if type(mixer) is not cls:
+            plain(mixer)
         qkv, first = mixer.qkv, mixer.qkv.query
         made = cls(
             first.in_features[0],

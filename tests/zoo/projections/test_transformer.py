@@ -244,7 +244,7 @@ def test_precision_and_dtypes_are_those_of_flax():
 
 
 def test_conversions_take_the_plain_classes_alone():
-    class Gated(MultiHeadAttention):
+    class Gated(GroupedQueryAttention):
         pass
 
     for cls in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
@@ -253,6 +253,9 @@ def test_conversions_take_the_plain_classes_alone():
     for other in (Gated(D, N, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))):
         with pytest.raises(TypeError, match=f"mixer: .*MultiQueryAttention itself is converted, got {type(other).__name__}"):
             plain(other)
+        with pytest.raises(TypeError, match=f"got {type(other).__name__}"):
+            GroupedQueryAttention.like(other)
+    assert type(Gated.like(Gated(D, N, rngs=nnx.Rngs(0)))) is Gated
 
 
 @pytest.mark.parametrize(
