@@ -114,8 +114,8 @@ def _product(chain: tuple[np.ndarray, ...]) -> np.ndarray:
 def null_edge(factors: QKFactors, *, samples: int = 20, quantile: float = 0.995, seed: int = 0) -> float:
     """The quantile of the top eigenvalue of "product" spectra of shuffled weights: the edge that chance reaches.
 
-    A high quantile of few samples is in effect their maximum, and scatters from seed to seed by NOISE; in proportion to what
-    is asked of it take more, at the price of an SVD each.
+    A high quantile of few samples is in effect their maximum, which is noisy: for random 64 × 64 matrices 20 samples give an
+    edge that scatters by 4 % from seed to seed and lies 4 % below that of 400. More samples cost an SVD each.
     Raises ValueError for fewer than one sample, and a quantile outside [0, 1].
     """
     if samples < 1 or not 0 <= quantile <= 1:

@@ -529,5 +529,5 @@ def test_what_cannot_be_converted_is_refused():
         for x in (X[..., 1:], jnp.pad(X, ((0, 0), (0, 0), (0, 1))), X.at[0, 0, 0].set(jnp.nan)):
             with pytest.raises(ValueError, match=rf"x: finite inputs \[..., D=24\] .* \(2, 7, {x.shape[-1]}\)"):
                 gqa_to_deepseek_mla(gqa(use_bias), x, rope_dim=4, latent_dim=8)
-    with pytest.raises(ValueError, match="k_nope, v: .*are the calibration inputs all 0"):
+    with pytest.raises(ValueError, match=r"k_nope, v: .*are the calibration inputs all 0"):
         gqa_to_deepseek_mla(gqa(), jnp.zeros_like(X), rope_dim=4, latent_dim=8)
