@@ -26,7 +26,7 @@ def _static(cls: type) -> type:
     return jax.tree_util.register_dataclass(cls, data_fields=[], meta_fields=fields)
 
 
-def _inverse_frequencies(theta: float, width: int) -> np.ndarray:
+def inverse_frequencies(theta: float, width: int) -> np.ndarray:
     """theta^(-2i/width) for i < width/2, in float64."""
     return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
 
@@ -55,7 +55,7 @@ class Linear:
         _check_factor(self.factor)
 
     def frequencies(self, theta, width, pos):
-        return _inverse_frequencies(theta, width) / self.factor, 1.0
+        return inverse_frequencies(theta, width) / self.factor, 1.0
 
 
 @_static
@@ -72,7 +72,7 @@ class NTK:
         _check_factor(self.factor)
 
     def frequencies(self, theta, width, pos):
-        return _inverse_frequencies(theta * self.factor ** (width / (width - 2)), width), 1.0
+        return inverse_frequencies(theta * self.factor ** (width / (width - 2)), width), 1.0
 
 
 @_static
@@ -98,7 +98,7 @@ class DynamicNTK:
         factor = self.factor * length / self.original_length - (self.factor - 1)
         # theta' = theta · factor^(w/(w-2)), so angle i is multiplied by factor^(-2i/(w-2)).
         exponent = np.arange(0, width, 2) / (width - 2)
-        return jnp.float32(_inverse_frequencies(theta, width)) * factor ** -jnp.float32(exponent), 1.0
+        return jnp.float32(inverse_frequencies(theta, width)) * factor ** -jnp.float32(exponent), 1.0
 
 
 @_static
@@ -121,7 +121,7 @@ class Llama3:
             raise ValueError(f"low, high: low must be below high, got {self.low} and {self.high}")
 
     def frequencies(self, theta, width, pos):
-        inverse = _inverse_frequencies(theta, width)
+        inverse = inverse_frequencies(theta, width)
         turns = self.original_length * inverse / (2 * math.pi)
         keep = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
         return inverse * (keep + (1 - keep) / self.factor), 1.0
@@ -158,7 +158,7 @@ class YaRN:
         low = max(math.floor(index(self.beta_fast)), 0)
         high = min(math.ceil(index(self.beta_slow)), width - 1)
         ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0, 1)
-        inverse = _inverse_frequencies(theta, width)
+        inverse = inverse_frequencies(theta, width)
         attention_factor = self.attention_factor
         if attention_factor is None:
             attention_factor = 0.1 * math.log(self.factor) + 1.0
@@ -249,7 +249,7 @@ class RoPE:
     def _turn(self, x: Array, pos: Array) -> Array:
         width = x.shape[-1]
         factor = 1.0
-        inverse: Array | np.ndarray = _inverse_frequencies(self.theta, width)
+        inverse: Array | np.ndarray = inverse_frequencies(self.theta, width)
         if self.scaling is not None:
             inverse, factor = self.scaling.frequencies(self.theta, width, pos)
         angle = pos[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
@@ -309,7 +309,7 @@ def sinusoidal_positions(
     if dim % 2:
         raise ValueError(f"dim: sinusoids come in pairs, so dim must be even, got {dim}")
     pos = jnp.arange(positions) if isinstance(positions, int) else jnp.asarray(positions)
-    angle = pos[..., None].astype(jnp.float32) * jnp.asarray(_inverse_frequencies(base, dim), jnp.float32)
+    angle = pos[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(base, dim), jnp.float32)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     if interleave:
         return jnp.stack([sin, cos], axis=-1).reshape(*angle.shape[:-1], dim)

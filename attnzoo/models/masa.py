@@ -182,7 +182,12 @@ class _Untouched(nnx.Module):
 def calibrate(
     lm: DecoderLM, tokens: Int[Array, "B T"]
 ) -> tuple[Float[np.ndarray, "L V"], dict[str, list[Float[np.ndarray, "d d"]]]]:
-    """What a decoder does on data: what its blocks' mean outputs predict, and second moments of its projections' inputs."""
+    """What a decoder does on data: what its blocks' mean outputs predict, and second moments of its projections' inputs.
+
+    Without dropout, whatever mode the decoder is in, which it keeps.
+    """
+    lm = nnx.merge(*nnx.split(lm))
+    lm.eval()
     x, predictions = lm.embed(tokens), []
     moments: dict[str, list[np.ndarray]] = {name: [] for name in MODES["qkvo"]}
     x = lm.positions(x, jnp.arange(tokens.shape[1]))
@@ -213,11 +218,14 @@ def masa_from_pretrained(
 
     num_atoms: S of every group; one of fewer layers leaves the rest at zero. num_groups: consecutive layers are cut into so
         many, with a dictionary each.
-    rank: of the refinements, on average; each projection gets a share in proportion to its smaller side.
+    rank: of the refinements, on average; 0 for none. Each projection gets a share in proportion to its smaller side, at least
+        1 and at most that side, where nothing is missing any more.
     tokens: calibration data, needed for groups and for refinement.
 
-    Raises ValueError where calibration data is missing, and for groups in mode "joint".
+    Raises ValueError where calibration data is missing, for groups in mode "joint", and for a negative rank or no groups.
     """
+    if rank < 0 or num_groups < 1:
+        raise ValueError(f"rank, num_groups: at least 0 and at least 1, got {rank} and {num_groups}")
     if tokens is None and (num_groups > 1 or rank):
         raise ValueError(f"tokens: num_groups={num_groups} and rank={rank} need calibration data [B, T]")
     if mode == "joint" and num_groups > 1:
@@ -251,7 +259,7 @@ def masa_from_pretrained(
         shared = model.matrices()
         sides = {name: min(_rows(name, s), int(np.prod(s)) // _rows(name, s)) for name, s in model.shapes.items()}
         for name in names:
-            share = round(rank * len(names) * sides[name] / sum(sides.values()))
+            share = min(max(round(rank * len(names) * sides[name] / sum(sides.values())), 1), sides[name])
             missing = (given[name] - np.asarray(shared[name])).reshape(layers, _rows(name, model.shapes[name]), -1)
             pairs = [local_refinement(dw, a, share) for dw, a in zip(missing, moments[name], strict=True)]
             model.refinements[name] = nnx.List(

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from attnzoo.core.attention import attention
 from attnzoo.core.cache import LayerCache, append, cached_attention, init_cache
 from attnzoo.core.masks import Causal
-from attnzoo.core.positions import RoPE
+from attnzoo.core.positions import Positions, RoPE
 from attnzoo.nn.linear import Names, dropout, dropout_arguments, linear
-from attnzoo.nn.mixer import Mixer, both
+from attnzoo.nn.mixer import Mixer, both, on_grid
 from attnzoo.nn.norms import norm
 
 
@@ -32,7 +32,9 @@ class LatentAttention(Mixer):
         absorbs(T) -> whether T queries over a cache are better attended without expanding it
         attend(x, cache, positions, **options) -> o [B, T, N, Hv]; options: mask, and `attention_arguments()`
 
-    causal, positions, dropout_rate, backend: as in `Mixer` and `core.attention`.
+    causal, dropout_rate, backend: as in `Mixer` and `core.attention`.
+    positions: None, or what rotates queries and keys; a plan is built by the subclass, which knows the heads.
+    Raises ValueError for positions that are neither.
     """
 
     out: nnx.Module
@@ -41,13 +43,15 @@ class LatentAttention(Mixer):
         self,
         *,
         causal: bool = False,
-        positions: RoPE | None = None,
+        positions: Positions | None = None,
         dropout_rate: float = 0.0,
         backend: str = "auto",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if positions is not None and not hasattr(positions, "rotate"):
+            raise ValueError(f"positions: None or what has a method rotate is needed, got {type(positions).__name__}")
         self.causal, self.positions, self.backend = causal, positions, backend
         self.cache_dtype = dtype or param_dtype
         self.dropout = dropout(dropout_rate, rngs)
@@ -98,9 +102,7 @@ class LatentAttention(Mixer):
         positions: Int[Array, "..."] | None = None,
     ) -> Float[Array, "B T D"]:
         tokens = jnp.arange(x.shape[1]) if positions is None else positions
-        # Masks do not compare coordinates on a grid.
-        on_grid = self.positions is not None and self.positions.num_axes > 1
-        sequence = None if positions is None or on_grid else positions
+        sequence = None if on_grid(self.positions) else positions
         k, v = self.expand(self.latents(x, tokens), tokens)
         o = attention(
             self.queries(x, tokens),
@@ -197,3 +199,21 @@ def check_rank(name: str, rank: int) -> int:
     if rank < 1:
         raise ValueError(f"{name}: a rank is at least 1, got {rank}")
     return rank
+
+
+def check_rope(positions: Any, name: str, width: int) -> None:
+    """Raises ValueError unless positions are None, or a `RoPE` that can turn `width` features (argument `name`).
+
+    For what several heads share, such as a latent's rotary key.
+    """
+    if positions is None:
+        return
+    if not isinstance(positions, RoPE):
+        raise ValueError(
+            "positions: RoPE or None is needed, for what is rotated here is shared by heads, and tables of each head's own do "
+            f"not apply; got {type(positions).__name__}"
+        )
+    try:
+        positions.widths(width)
+    except ValueError as error:
+        raise ValueError(f"positions: cannot turn {name}={width} features: {error}") from None

@@ -68,7 +68,7 @@ def linear(
 def head_counts(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
     """(K, H) with their defaults: K = N, H = D / N.
 
-    Raises ValueError when the heads do not divide the width, or the kv heads the heads.
+    Raises ValueError when the heads do not divide the width, or the kv heads the heads, and for heads without features.
     """
     if num_heads < 1:
         raise ValueError(f"num_heads: must be at least 1, got {num_heads}")
@@ -76,6 +76,8 @@ def head_counts(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: in
         if dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} heads do not divide dim={dim}; choose a divisor, or give head_dim")
         head_dim = dim // num_heads
+    if head_dim < 1:
+        raise ValueError(f"head_dim: must be at least 1, got {head_dim}")
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: {num_kv_heads} key/value heads do not divide num_heads={num_heads} query heads")

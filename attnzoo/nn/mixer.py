@@ -1,6 +1,7 @@
 """The protocol every drop-in for attention follows."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from attnzoo.core import masks
+from attnzoo.core.positions import Positions
 
 
 class Mixer(nnx.Module):
@@ -135,3 +137,38 @@ def as_mask(mask: Any) -> masks.Mask:
     if isinstance(mask, masks.Mask):
         return mask
     return masks.Function(mask) if callable(mask) else masks.Array(jnp.asarray(mask))
+
+
+def on_grid(positions: Positions | None) -> bool:
+    """Whether tokens of a mixer with these positions stand at coordinates, which masks do not compare."""
+    return positions is not None and positions.num_axes > 1
+
+
+def unshared(positions: Positions | None) -> Positions | None:
+    """A mixer's positions for another mixer: a copy where they hold arrays, so that no two train or load the same."""
+    return nnx.clone(positions) if isinstance(positions, nnx.Module) else positions
+
+
+def document_ids(mask: Any) -> list[Int[Array, "..."]]:
+    """The ids [T] or [*, T] of every `Segments` mask that a mask demands: itself, or parts of it joined by &.
+
+    Masks joined by | or ~ demand none of their parts; segments whose keys have ids of their own are not looked at.
+    """
+    if isinstance(mask, masks.And):
+        return document_ids(mask.a) + document_ids(mask.b)
+    return [mask.q_ids] if isinstance(mask, masks.Segments) and mask.kv_ids is None else []
+
+
+def unbroken_runs(ids: Sequence[Int[Array, "..."]], batch: int, length: int) -> Int[Array, "B T"] | None:
+    """The number of every token's run, 0, 1, ...: a new one starts where any of the ids changes. None without ids.
+
+    ids: [T], [1, T] or [B, T] each. Raises ValueError for other shapes.
+    """
+    if not ids:
+        return None
+    starts = jnp.zeros((batch, length), bool)
+    for x in ids:
+        if x.shape not in ((length,), (1, length), (batch, length)):
+            raise ValueError(f"mask: ids of segments are [{length}], [1, {length}] or [{batch}, {length}] here, got {x.shape}")
+        starts = starts.at[:, 1:].set(starts[:, 1:] | (x[..., 1:] != x[..., :-1]))
+    return jnp.cumsum(starts, axis=1)

@@ -8,8 +8,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from attnzoo.core.cache import cached_attention
-from attnzoo.core.positions import RoPE
-from attnzoo.nn.latent import LatentAttention, LowRank, check_rank, head_up
+from attnzoo.core.positions import PositionPlan, Positions, RoPE, positions_for
+from attnzoo.nn.latent import LatentAttention, LowRank, check_rank, check_rope, head_up
 from attnzoo.nn.linear import head_counts, linear, merge_heads
 from attnzoo.nn.norms import norm
 
@@ -47,7 +47,8 @@ class MultiHeadLatentAttention(LatentAttention):
     use_bias: on the maps that start from x, and on the output.
     Further arguments as in `GroupedQueryAttention`.
 
-    Raises ValueError for heads that do not divide, ranks below 1, and an odd P with positions.
+    Raises ValueError for heads that do not divide, ranks below 1, a negative P, and positions that are not a RoPE of one axis
+    which can turn P features.
     """
 
     def __init__(
@@ -71,14 +72,16 @@ class MultiHeadLatentAttention(LatentAttention):
         rngs: nnx.Rngs,
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        _, width = head_counts(dim, num_heads, None, head_dim)
+        rope_dim = width // 4 * 2 if rope_dim is None else rope_dim
+        if rope_dim < 0:
+            raise ValueError(f"rope_dim: features of the shared key, 0 for none, got {rope_dim}")
+        if rope_dim:
+            check_rope(positions, "rope_dim", rope_dim)
         super().__init__(causal=causal, positions=positions, dropout_rate=dropout_rate, backend=backend, **options)
-        _, self.head_dim = head_counts(dim, num_heads, None, head_dim)
-        self.num_heads = num_heads
-        self.rope_dim = self.head_dim // 4 * 2 if rope_dim is None else rope_dim
+        self.num_heads, self.head_dim, self.rope_dim = num_heads, width, rope_dim
         self.latent_dim = check_rank("latent_dim", 4 * self.head_dim if latent_dim is None else latent_dim)
         self.value_dim = self.head_dim if value_dim is None else value_dim
-        if self.rope_dim < 0 or (positions is not None and self.rope_dim % 2):
-            raise ValueError(f"rope_dim: RoPE turns pairs of features, so an even number is needed, got {self.rope_dim}")
         if positions is not None and positions.num_axes > 1:
             raise ValueError(f"positions: the shared key has one axis of positions, got {positions}")
         heads = (num_heads, self.head_dim + self.rope_dim)
@@ -162,6 +165,8 @@ class LatentKVAttention(LatentAttention):
 
     latent_dim: r, of keys and of values. use_bias: on the maps that start from x, and on the output.
     Further arguments as in `GroupedQueryAttention`.
+
+    Raises ValueError for heads without features and a rank below 1.
     """
 
     def __init__(
@@ -172,7 +177,7 @@ class LatentKVAttention(LatentAttention):
         latent_dim: int,
         head_dim: int,
         causal: bool = False,
-        positions: RoPE | None = None,
+        positions: Positions | PositionPlan | None = None,
         use_bias: bool = False,
         backend: str = "auto",
         dtype: DTypeLike | None = None,
@@ -180,12 +185,14 @@ class LatentKVAttention(LatentAttention):
         rngs: nnx.Rngs,
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        super().__init__(causal=causal, positions=positions, backend=backend, **options)
-        heads, options = (num_heads, head_dim), {"use_bias": use_bias, **options}
+        heads = num_heads, head_counts(dim, num_heads, None, head_dim)[1]
+        made = positions_for(positions, *heads, rngs=rngs)
+        super().__init__(causal=causal, positions=made, backend=backend, **options)
+        options["use_bias"] = use_bias
+        self.latent_dim = check_rank("latent_dim", latent_dim)
         self.query = linear(dim, heads, ("embed", "heads", "head_dim"), **options)
         self.key, self.value = (LowRank(dim, latent_dim, heads, **options) for _ in range(2))
         self.out = merge_heads(*heads, dim, **options)
-        self.latent_dim = latent_dim
 
     def queries(self, x: Float[Array, "B T D"], positions: Int[Array, "..."]) -> Float[Array, "B T N H"]:
         return self.rotate(self.query(x), positions)

@@ -58,7 +58,13 @@ def test_kernels_are_glorot_uniform_over_all_heads():
 
 @pytest.mark.parametrize(
     ("counts", "says"),
-    [((16, 3, None, None), "dim=16"), ((16, 4, 3, None), "num_kv_heads"), ((16, 0, None, None), "num_heads")],
+    [
+        ((16, 3, None, None), "dim=16"),
+        ((16, 4, 3, None), "num_kv_heads"),
+        ((16, 0, None, None), "num_heads"),
+        ((16, 4, None, 0), "head_dim: must be at least 1, got 0"),
+        ((0, 4, None, None), "head_dim: must be at least 1, got 0"),
+    ],
 )
 def test_head_counts_that_do_not_divide(counts, says):
     with pytest.raises(ValueError, match=says):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnzoo.core.masks import Causal, Lengths, Mask
-from attnzoo.nn.mixer import Mixer, both
+from attnzoo.core.masks import Causal, Lengths, Mask, Segments, Sinks
+from attnzoo.nn.mixer import Mixer, both, document_ids, unbroken_runs
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 16))
@@ -25,6 +25,15 @@ def test_masks_of_every_kind_combine():
         assert both(None, mask) is mask
         assert both(mask, None) is mask
     assert both(None, None) is None
+
+
+def test_documents_are_what_a_mask_demands():
+    one, two = jnp.array([5, 5, 3, 3, 5, 5]), jnp.array([[0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
+    joint = Segments(one) & Causal() & Segments(two)
+    for mask in (None, one, Causal(), Segments(one) | Sinks(1), ~Segments(one), Segments(one, kv_ids=one)):
+        assert not document_ids(mask)
+    np.testing.assert_array_equal(unbroken_runs(document_ids(joint), 2, 6), [[0, 0, 1, 1, 2, 2], [0, 1, 2, 2, 3, 3]])
+    assert unbroken_runs([], 2, 6) is None
 
 
 def test_a_mixer_that_defines_nothing_says_so():

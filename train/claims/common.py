@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from attnzoo.models.layers import LayerConfig, layer_maker
+from attnzoo.models.lm import DecoderLM
 from attnzoo.nn.embed import LearnedPositions
 from attnzoo.nn.linear import linear
 from attnzoo.nn.norms import norm
@@ -50,6 +51,17 @@ def next_token_loss(model: nnx.Module, tokens: Int[Array, "B T"]) -> Float[Array
     """Mean cross-entropy in nats of every token after the first."""
     logits = model(tokens[:, :-1])  # type: ignore[operator]
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def redraw(model: DecoderLM, key: Array, std: float = 0.02) -> None:
+    """Draws every matrix of a model anew from N(0, std²), in place."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    for i, (path, leaf) in enumerate(flat):
+        if path[-1] in ("kernel", "table"):
+            # A looked-up row is multiplied by sqrt(D).
+            scale = std / model.embed.scale if path[-1] == "table" else std
+            leaf[...] = scale * jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+    nnx.update(model, nnx.from_flat_state(flat))
 
 
 def fit(

@@ -28,8 +28,7 @@ from attnzoo.core.positions import RoPE
 from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.zoo.positions.fope import FoPEConfig, rope_zeroed
 from train.claims import ClaimResult
-from train.claims.common import fit, next_token_loss, noisy_periodic
-from train.claims.value_residual import redraw
+from train.claims.common import fit, next_token_loss, noisy_periodic, redraw
 
 LENGTH, BATCH = 64, 32
 METHODS: dict[str, Any] = {"RoPE": RoPE(), "FoPE": FoPEConfig(train_length=LENGTH), "RoPE, zeroed": rope_zeroed(LENGTH)}

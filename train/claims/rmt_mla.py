@@ -2,8 +2,8 @@
 
 4-layer language models (D = 64, N = 4, H = 16, F = 128) on noisy periodic sequences of 64 tokens, 400 steps of 32 with
 Adam: multi-head attention, MLA-PreRoPE, and MLA-Decoupled (r = 32, P = 8). Every 50 steps a probe takes the query-key spectrum
-of each layer, with the edge calibrated on shuffled weights. Measured: the share of energy above the edge at the end, mean
-over layers.
+of each layer, of MLA-Decoupled its content part, with the edge calibrated on shuffled weights. Measured: the share of energy
+above the edge at the end, mean over layers.
 
 The paper finds less of it in the decoupled form than in the other two, after pretraining of real size. That order is reported,
 not asked for.

@@ -4,8 +4,9 @@ A 2-layer language model (D = 64, N = 4, H = 16, F = 128) on noisy periodic sequ
 with Adam. Factors (R_q = 6, R_k = R_v = 2) against multi-head and multi-query attention. Measured: the loss on fresh sequences,
 and the numbers that the cache holds per token and layer.
 
-The paper's gain in quality is at 124 million parameters and more, with heads added until sizes match; nothing of the kind
-can be seen here, so no order of losses is asked for.
+The paper's gain in quality over both is at 124 million parameters and more, with heads added until sizes match. Here factors
+lose about as much as multi-head attention, and less than multi-query attention with its still smaller cache (recorded: 1.816,
+1.785 and 1.981, with 80, 128 and 32 numbers); no order of losses is asked for.
 """
 
 import time

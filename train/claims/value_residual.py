@@ -25,7 +25,7 @@ from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.models.resformer import ResFormerLM
 from attnzoo.zoo.projections.value_residual import token_importance_entropy
 from train.claims import ClaimResult
-from train.claims.common import fit, mean_loss, next_token_loss, noisy_periodic
+from train.claims.common import fit, mean_loss, next_token_loss, noisy_periodic, redraw
 
 LENGTH, BATCH = 48, 32
 METHODS = {"plain": DecoderLM, "ResFormer": ResFormerLM}
@@ -51,17 +51,6 @@ def build(name: str, seed: int, *, llama: bool = True) -> DecoderLM:
     if llama:
         redraw(model, jax.random.key(seed))
     return model
-
-
-def redraw(model: DecoderLM, key: Array, std: float = 0.02) -> None:
-    """Draws every matrix of a model anew from N(0, std²), in place."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    for i, (path, leaf) in enumerate(flat):
-        if path[-1] in ("kernel", "table"):
-            # A looked-up row is multiplied by sqrt(D).
-            scale = std / model.embed.scale if path[-1] == "table" else std
-            leaf[...] = scale * jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
-    nnx.update(model, nnx.from_flat_state(flat))
 
 
 def entropies(model: DecoderLM, tokens: Int[Array, "B T"]) -> list[float]:

@@ -36,9 +36,10 @@ from jaxtyping import Float, Float64
 
 from attnzoo.core.positions import Linear, Llama3, RoPE
 from attnzoo.errors import unknown
+from attnzoo.nn.mixer import unshared
 from attnzoo.nn.mla import LatentKVAttention, MLACache, MultiHeadLatentAttention, mla_absorb, mla_cache_bytes
 from attnzoo.paper import Paper
-from attnzoo.zoo.projections.transformer import GroupedQueryAttention
+from attnzoo.zoo.projections.transformer import GroupedQueryAttention, plain
 
 METHODS = ("svd", "identity")
 
@@ -50,11 +51,11 @@ def gqa_to_mla(mixer: GroupedQueryAttention, *, method: str = "svd") -> LatentKV
     """The same function with keys and values from latents of K·H numbers (A).
 
     method: "svd" (the paper), or "identity": the latents are the old keys and values, W_UK repeats them.
-    Raises ValueError for an unknown method, with the nearest name.
+    Raises ValueError for an unknown method, with the nearest name, and TypeError for a subclass of grouped-query attention.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    qkv = mixer.qkv
+    qkv = plain(mixer).qkv
     dim, heads, width = qkv.query.kernel[...].shape
     made = LatentKVAttention(
         dim,
@@ -96,7 +97,7 @@ def _options(mixer: GroupedQueryAttention) -> dict[str, Any]:
     query = mixer.qkv.query
     return {
         "causal": mixer.causal,
-        "positions": mixer.positions,
+        "positions": unshared(mixer.positions),
         "use_bias": query.bias is not None,
         "backend": mixer.backend,
         "dtype": query.dtype,
@@ -129,7 +130,7 @@ class MergedHeads:
         At first G = H / 2 and the M = K directions are the kv heads; FreqFold makes G = H / 2F, M = K·F.
     value: [D', K·H]. value_lift: [K·H, N, H], v_n = value value_lift_n.
     rope: of the pairs (real, imaginary), None without positions. head_dim: H.
-    D' = D, or D + 1 with biases (the last row).
+    D' = D, or D + 1 where `biased`: the last row then holds the biases.
     """
 
     query: Numbers
@@ -138,6 +139,7 @@ class MergedHeads:
     value: Numbers
     value_lift: Numbers
     rope: RoPE | None
+    biased: bool
 
     @property
     def head_dim(self) -> int:
@@ -149,9 +151,14 @@ class MergedHeads:
         return self.head_dim // 2 // self.key.shape[2]
 
     def inputs(self, x: Float[np.ndarray, "*B D"]) -> Numbers:
-        """x in float64, with the input that is always 1 where there are biases; [..., D']."""
-        x = np.asarray(x, np.float64)
-        return x if x.shape[-1] == len(self.query) else np.concatenate([x, np.ones((*x.shape[:-1], 1))], axis=-1)
+        """x in float64, with the input that is always 1 where there are biases; [..., D'].
+
+        Raises ValueError for another width, and for numbers that are not finite.
+        """
+        x, dim = np.asarray(x, np.float64), len(self.query) - self.biased
+        if x.shape[-1:] != (dim,) or not np.isfinite(x).all():
+            raise ValueError(f"x: finite inputs [..., D={dim}] of the layer are needed, got {x.shape}")
+        return np.concatenate([x, np.ones((*x.shape[:-1], 1))], axis=-1) if self.biased else x
 
     def lifted_queries(self) -> Numbers:
         """[D', N, 2, G, M]: from tokens to the queries of the merged head."""
@@ -162,9 +169,9 @@ def merge_heads_rope(mixer: GroupedQueryAttention) -> MergedHeads:
     """All kv heads as one of width K·H (B); exact.
 
     Raises ValueError where frequencies depend on more than their number, or not all features are rotated: RoPE with a
-    fraction, several axes, or a scaling other than Linear and Llama3.
+    fraction, several axes, or a scaling other than Linear and Llama3. Raises TypeError for a subclass.
     """
-    rope, qkv = mixer.positions, mixer.qkv
+    rope, qkv = plain(mixer).positions, mixer.qkv
     if rope is not None and not (
         isinstance(rope, RoPE)
         and rope.fraction == 1
@@ -193,6 +200,7 @@ def merge_heads_rope(mixer: GroupedQueryAttention) -> MergedHeads:
         value=_with_bias(qkv.value).reshape(-1, groups * width),
         value_lift=up.reshape(groups * width, heads, width),
         rope=None if rope is None else replace(rope, interleaved=False),
+        biased=qkv.query.bias is not None,
     )
 
 
@@ -249,13 +257,19 @@ def balanced_kv_pca(
     """(R, rho): joint principal directions of [k_nope / rho; v], most energy first, as columns (E).
 
     rho = mean column norm of k_nope / (that of v without its first `rope_dim` columns, times `balance`), as in the authors'
-    code.
+    code; 1 where there is no k_nope to balance.
+    Raises ValueError for a balance that is not positive, and for keys or values that are all 0, which nothing balances.
     """
-    if not k_nope.shape[1]:
-        rho = 1.0
-    else:
-        size = lambda y: np.linalg.norm(y, axis=0).mean()  # noqa: E731
-        rho = float(size(k_nope) / (size(v[:, rope_dim:]) * balance))
+    if not balance > 0:
+        raise ValueError(f"balance: must be above 0, got {balance}")
+    rho = 1.0
+    if k_nope.shape[1]:
+        keys, values = (float(np.linalg.norm(y, axis=0).mean()) for y in (k_nope, v[:, rope_dim:]))
+        if not (keys and values):
+            raise ValueError(
+                f"k_nope, v: columns of mean norm {keys:g} and {values:g} cannot be balanced; are the calibration inputs all 0?"
+            )
+        rho = keys / (values * balance)
     joint = np.concatenate([k_nope / rho, v], axis=1)
     return np.linalg.eigh(joint.T @ joint)[1][:, ::-1], rho
 
@@ -276,9 +290,10 @@ def gqa_to_deepseek_mla(
     rope_dim: P = H / c features stay rotated, for a whole c. latent_dim: r, at most 2·K·H - P, where (E) is exact.
     fold: F frequencies are taken for one, a multiple of c that divides H / 2; c by default.
     balance: of keys against values, as in `balanced_kv_pca`.
-    query_latent_dim: None, or the rank of a PCA of queries.
+    query_latent_dim: None, or the rank of a PCA of queries, at most N·H.
 
-    Raises ValueError for sizes that do not fit, and where `merge_heads_rope` does.
+    Raises ValueError for sizes that do not fit and calibration inputs that say nothing, and raises where `merge_heads_rope`
+    does.
     """
     merged = merge_heads_rope(mixer)
     heads, width = merged.query.shape[1:]
@@ -291,6 +306,8 @@ def gqa_to_deepseek_mla(
         raise ValueError(f"fold: must be a multiple of head_dim / rope_dim = {collapse}, got {fold}")
     if not 1 <= latent_dim <= 2 * wide - rope_dim:
         raise ValueError(f"latent_dim: from 1 to 2·K·H - P = {2 * wide - rope_dim}, got {latent_dim}")
+    if query_latent_dim is not None and not 1 <= query_latent_dim <= heads * width:
+        raise ValueError(f"query_latent_dim: None, or from 1 to N·H = {heads * width}, got {query_latent_dim}")
     merged = rorope_rotate(merged, freqfold(merged, x, fold))
     kept = fold // collapse
 

@@ -33,7 +33,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnzoo.core.positions import RoPE
+from attnzoo.core.positions import RoPE, inverse_frequencies
 from attnzoo.nn.linear import named
 from attnzoo.paper import Paper
 
@@ -43,24 +43,39 @@ def floor_frequency(train_length: int, ratio: float = 1.0) -> float:
     return 2 * math.pi / train_length * ratio
 
 
-def _frequencies(theta: float, width: int) -> np.ndarray:
-    return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+def _check_floor(train_length: int, floor_ratio: float) -> None:
+    if floor_ratio < 0:
+        raise ValueError(f"floor_ratio: must not be negative, got {floor_ratio}")
+    if train_length < 1 or floor_frequency(train_length, floor_ratio) > 1:
+        raise ValueError(
+            f"train_length: the fastest frequency, 1, needs 2 pi · floor_ratio tokens for a period; in {train_length} with "
+            f"floor_ratio={floor_ratio} none finishes one"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroedBelowFloor:
-    """A scaling of `RoPE`: angles that do not finish a period within `train_length` stand still."""
+    """A scaling of `RoPE`: angles that do not finish a period within `train_length` stand still.
+
+    Raises ValueError for a length in which none finishes one, and a negative `floor_ratio`.
+    """
 
     train_length: int
     floor_ratio: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_floor(self.train_length, self.floor_ratio)
+
     def frequencies(self, theta: float, width: int, pos: Array) -> tuple[np.ndarray, float]:
-        w = _frequencies(theta, width)
+        w = inverse_frequencies(theta, width)
         return np.where(w >= floor_frequency(self.train_length, self.floor_ratio), w, 0.0), 1.0
 
 
 def rope_zeroed(train_length: int, *, theta: float = 10000.0, floor_ratio: float = 1.0) -> RoPE:
-    """FoPE without its series (C = I): RoPE whose under-trained frequencies are zeroed. Exactly relative."""
+    """FoPE without its series (C = I): RoPE whose under-trained frequencies are zeroed. Exactly relative.
+
+    Raises ValueError for a length in which no frequency finishes a period.
+    """
     return RoPE(theta=theta, scaling=ZeroedBelowFloor(train_length, floor_ratio))
 
 
@@ -94,15 +109,11 @@ class FoPEConfig:
     def __post_init__(self) -> None:
         if self.theta <= 1:
             raise ValueError(f"theta: must be above 1, got {self.theta}")
-        if self.gain < 0 or self.floor_ratio < 0:
-            raise ValueError(f"gain, floor_ratio: must not be negative, got {self.gain} and {self.floor_ratio}")
+        if self.gain < 0:
+            raise ValueError(f"gain: must not be negative, got {self.gain}")
         if self.cap is not None and (self.cap < 1 or self.reference_quirks):
             raise ValueError(f"cap: at least one component, and reference_quirks sets its own; got {self.cap}")
-        if self.train_length < 1 or floor_frequency(self.train_length, self.floor_ratio) > 1:
-            raise ValueError(
-                f"train_length: the fastest frequency, 1, needs 2 pi · floor_ratio tokens for a period; in "
-                f"{self.train_length} with floor_ratio={self.floor_ratio} none finishes one"
-            )
+        _check_floor(self.train_length, self.floor_ratio)
 
     def kept(self, head_dim: int) -> Float[np.ndarray, "M"]:
         """W, the frequencies that finish a period within the training length, descending.
@@ -111,11 +122,13 @@ class FoPEConfig:
         """
         if head_dim % 2:
             raise ValueError(f"head_dim: features are turned in pairs, so it must be even, got {head_dim}")
-        w = _frequencies(self.theta, head_dim)
+        w = inverse_frequencies(self.theta, head_dim)
         return w[w >= floor_frequency(self.train_length, self.floor_ratio)]
 
     def outputs(self, head_dim: int) -> int:
-        """M', the components that get a series."""
+        """M', the components that get a series. Raises ValueError where the released code gives it to none."""
+        if self.reference_quirks and head_dim < 4:
+            raise ValueError(f"head_dim: reference_quirks gives head_dim / 4 components a series: at least 4, got {head_dim}")
         cap = head_dim // 4 if self.reference_quirks else self.cap
         kept = len(self.kept(head_dim))
         return kept if cap is None else min(kept, cap)

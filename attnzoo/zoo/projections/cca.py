@@ -14,7 +14,8 @@ E_q = N H = D / C_1 and E_k = K H = D / C_2:
 
 K = N is CCA, K < N CCGQA (grouped heads inside the latent). Before its first token a sequence is padded with zeros once,
 t0 + t1 - 2 of them before both convolutions; the second one therefore reads the first one's bias there. Every other path
-starts from zero as well, so a document packed behind another is treated as one of its own (`segment_ids`).
+starts from zero as well, so a document packed behind another is treated as one of its own (`segment_ids`, or a mask
+`Segments`).
 
 Costs: 2 E_k numbers of cache per token instead of 2 D, and a constant (N + K) H (t0 + t1 - 2) + E_k / 2 for the
 convolutions and the shift; all of attention shrinks by C_1, the projections by C_1 and C_2.
@@ -41,7 +42,7 @@ from attnzoo.core.masks import Segments
 from attnzoo.core.positions import PositionPlan, Positions
 from attnzoo.errors import unknown
 from attnzoo.nn.linear import dropout_arguments, head_counts, named
-from attnzoo.nn.mixer import both
+from attnzoo.nn.mixer import both, document_ids, on_grid, unbroken_runs
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
@@ -133,7 +134,7 @@ class CCACache:
     """What one layer remembers: keys (convolved, normalised, rotated) and values of all tokens, and of the last ones what
     the convolutions and the shift still need.
 
-    window: z of the last t0 + t1 - 2 tokens. delayed: x W_v2 of the last token.
+    window: z of the last t0 + t1 - 2 tokens. delayed: x W_v2 of the last token, E = K·H / 2, or 0 without the shift.
     """
 
     kv: LayerCache
@@ -189,27 +190,18 @@ class CompressedConvAttention(GroupedQueryAttention):
                     "choose a divisor, or give head_dim"
                 )
             width //= compression
-        if len(kernels) != 2 or min(kernels) < 1:
-            raise ValueError(f"kernels: two convolutions of at least one token each, got {kernels}")
+        if not isinstance(kernels, tuple | list) or len(kernels) != 2 or min(kernels) < 1:
+            raise ValueError(f"kernels: (t0, t1), two convolutions of at least one token each, got {kernels}")
         if use_shift and kv_heads * width % 2:
             raise ValueError(
                 f"num_kv_heads, head_dim: half of the value latent is shifted, so K·H must be even, got {kv_heads}·{width}"
             )
-        super().__init__(
-            dim,
-            num_heads,
-            num_kv_heads=kv_heads,
-            head_dim=width,
-            causal=causal,
-            positions=positions,
-            dropout_rate=dropout_rate,
-            backend=backend,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        options = {"causal": causal, "positions": positions, "dropout_rate": dropout_rate, "backend": backend, **dtypes}
+        super().__init__(dim, num_heads, num_kv_heads=kv_heads, head_dim=width, rngs=rngs, **options)
         heads = num_heads + kv_heads
-        self.kernels = kernels if use_conv else (1, 1)
+        self.kernels = tuple(kernels) if use_conv else (1, 1)
+        self.delayed_width = kv_heads * width // 2 if use_shift else 0
         self.use_conv, self.use_mean, self.use_shift, self.temp_mode = use_conv, use_mean, use_shift, temp_mode
         if use_conv:
             # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), where a channel reads t0 and then t1·H numbers.
@@ -257,7 +249,11 @@ class CompressedConvAttention(GroupedQueryAttention):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """segment_ids: documents packed in one row, each an unbroken run of one id. They do not see each other, neither by
-        attention nor by the convolutions and the shift. Padding on the left is such a document."""
+        attention nor by the convolutions and the shift. Ids of a mask `Segments`, alone or joined to others by &, count
+        likewise; with several, a document starts where any of them changes.
+
+        All other masks are attention's alone: convolutions and shift read the few tokens before, hidden or not. That does not
+        matter for padding on the right; padding on the left has to be a document of its own, or zeros."""
         if segment_ids is not None and segment_ids.shape != x.shape[:2]:
             raise ValueError(f"segment_ids: one per token of x {x.shape} is needed: {x.shape[:2]}, got {segment_ids.shape}")
         return self.out(self._attend(x, mask, positions, None, segment_ids, **dropout_arguments(self.dropout)))
@@ -265,9 +261,10 @@ class CompressedConvAttention(GroupedQueryAttention):
     def _attend(self, x: Array, mask: Any, positions: Any, memory: Any, segment_ids: Any = None, **options: Any) -> Any:
         if memory is not None:
             raise ValueError("memory: queries and keys share their convolution and mean, so they come from one sequence")
-        q, k, v = self._heads(*self._latent(x), segment_ids=segment_ids)
+        ids = document_ids(mask) + ([] if segment_ids is None else [segment_ids])
+        q, k, v = self._heads(*self._latent(x), segment_ids=unbroken_runs(ids, *x.shape[:2]))
         tokens = jnp.arange(x.shape[1]) if positions is None else positions
-        sequence = None if positions is None or self._on_grid else positions
+        sequence = None if on_grid(self.positions) else positions
         return attention(
             self._rotate(q, tokens),
             self._rotate(k, tokens),
@@ -287,7 +284,7 @@ class CompressedConvAttention(GroupedQueryAttention):
         kind = dtype or self.cache_dtype
         heads, width = self.qkv.num_heads + self.qkv.num_kv_heads, self.qkv.head_dim
         window = jnp.zeros((batch, sum(self.kernels) - 2, heads, width), kind)
-        return CCACache(kv, window, jnp.zeros((batch, self.qkv.num_kv_heads * width // 2), kind))
+        return CCACache(kv, window, jnp.zeros((batch, self.delayed_width), kind))
 
     def prefill(  # type: ignore[override]
         self,
@@ -297,12 +294,15 @@ class CompressedConvAttention(GroupedQueryAttention):
         mask: Any = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], CCACache]:
-        """The tokens x after those in the cache."""
+        """The tokens x after those in the cache, of one document per row. Raises ValueError for a mask `Segments`."""
+        if document_ids(mask):
+            raise ValueError("mask: the cache holds a window of one document for the convolutions; decode without Segments")
         positions = cache.kv.next_positions(x.shape[1])
         z, v = self._latent(x)
         q, k, shifted = self._heads(z, v, cache.window, cache.delayed)
         kv = append(cache.kv, {"k": self._rotate(k, positions), "v": shifted}, lengths)
-        late = v.reshape(*v.shape[:2], -1)[..., -cache.delayed.shape[1] :]
+        flat = v.reshape(*v.shape[:2], -1)
+        late = flat[..., flat.shape[-1] - self.delayed_width :]
         real = jnp.full(len(x), x.shape[1]) if lengths is None else lengths
 
         def last(old: Array, new: Array) -> Array:

@@ -38,7 +38,7 @@ from attnzoo.errors import unknown
 from attnzoo.nn.block import Block
 from attnzoo.nn.feed_forward import MLP
 from attnzoo.nn.linear import head_counts, named
-from attnzoo.nn.mixer import as_mask, both
+from attnzoo.nn.mixer import as_mask, both, on_grid
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
@@ -217,7 +217,7 @@ class FoldingAttention(GroupedQueryAttention):
         return both(lifted, Causal() if self.strict_subtoken_causal else None)
 
     def _rotate(self, x: Array, positions: Array) -> Array:
-        return super()._rotate(x, positions if self._on_grid else positions // self.factor)
+        return super()._rotate(x, positions if on_grid(self.positions) else positions // self.factor)
 
     def __call__(
         self,
@@ -241,7 +241,7 @@ class FoldingAttention(GroupedQueryAttention):
 
     def _subtokens(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
         """t -> t F + i on the last axis; coordinates on a grid are those of the token."""
-        if self._on_grid:
+        if on_grid(self.positions):
             return jnp.repeat(positions, self.factor, axis=-2)
         return (positions[..., None] * self.factor + jnp.arange(self.factor)).reshape(*positions.shape[:-1], -1)
 

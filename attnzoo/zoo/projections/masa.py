@@ -89,7 +89,12 @@ class CoefficientMLP(nnx.Module):
 
 
 class DirectCoefficients(nnx.Module):
-    """C [L, P, S] as parameters: N(0, 1/S), or with near_sharing=True that of `SequentialSharing` and noise of 0.1."""
+    """C [L, P, S] as parameters.
+
+    near_sharing: start where `SequentialSharing` is, with noise of standard deviation 0.1, instead of at N(0, 1/S). S must
+        then divide L.
+    Raises ValueError if it does not.
+    """
 
     def __init__(self, num_layers: int, num_types: int, num_atoms: int, *, near_sharing: bool = False, rngs: nnx.Rngs):
         noise = jax.random.normal(rngs.params(), (num_layers, num_types, num_atoms))

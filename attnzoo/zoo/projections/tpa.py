@@ -38,11 +38,11 @@ from jaxtyping import Array, Float, Int
 
 from attnzoo.core.cache import cached_weights
 from attnzoo.core.positions import RoPE
-from attnzoo.nn.latent import LatentAttention, check_rank
+from attnzoo.nn.latent import LatentAttention, check_rank, check_rope
 from attnzoo.nn.linear import head_counts, linear, merge_heads, named
 from attnzoo.nn.norms import norm
 from attnzoo.paper import Paper
-from attnzoo.zoo.projections.transformer import GroupedQueryAttention
+from attnzoo.zoo.projections.transformer import GroupedQueryAttention, plain
 
 
 class TPACache(NamedTuple):
@@ -157,7 +157,8 @@ class TensorProductAttention(LatentAttention):
     zero_init_out: W_O starts at 0, as in the authors' code.
     Further arguments as in `GroupedQueryAttention`.
 
-    Raises ValueError for heads that do not divide, a rank below 1, an odd H with RoPE, and two constant factors.
+    Raises ValueError for heads that do not divide, a rank below 1, two constant factors, and positions that are not a RoPE
+    which can turn H features.
     """
 
     def __init__(
@@ -181,21 +182,12 @@ class TensorProductAttention(LatentAttention):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(
-            causal=causal,
-            positions=positions,
-            dropout_rate=dropout_rate,
-            backend=backend,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         _, width = head_counts(dim, num_heads, None, head_dim)
-        if positions is not None:
-            positions.widths(width)
+        check_rope(positions, "head_dim", width)
+        super().__init__(causal=causal, positions=positions, dropout_rate=dropout_rate, backend=backend, **options)
         if noncontextual_a and noncontextual_b:
             raise ValueError("noncontextual_a, noncontextual_b: with both factors constant no token differs; choose one")
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def product(name: str, rank: int) -> TensorProduct:
             constant: dict[str, Any] = {"noncontextual_a": noncontextual_a, "noncontextual_b": noncontextual_b}
@@ -281,13 +273,14 @@ def gqa_as_tpa(mixer: GroupedQueryAttention) -> TensorProductAttention:
     """The same function as tensor product attention with constant head factors (paper §3.4).
 
     R_q = N with A = N·I, R_k = R_v = K with A[n, c] = K·[c = n // (N / K)]; it caches B alone, 2·K·H numbers.
-    Raises ValueError for a mixer with biases, which products of factors do not have.
+    Raises ValueError for a mixer with biases, which products of factors do not have, or with positions other than RoPE, and
+    TypeError for a subclass.
     """
-    qkv = mixer.qkv
+    qkv = plain(mixer).qkv
     if qkv.query.bias is not None:
         raise ValueError("mixer: has biases (use_bias=True), and a product of factors has none; build it without")
     if not isinstance(mixer.positions, RoPE | None):
-        raise ValueError(f"mixer: its factors can be rotated by RoPE alone, and it has {mixer.positions}")
+        raise ValueError(f"mixer: its factors can be rotated by RoPE alone, and it has {type(mixer.positions).__name__}")
     dim, heads, width = qkv.query.kernel[...].shape
     groups = qkv.num_kv_heads
     made = TensorProductAttention(
@@ -310,12 +303,13 @@ def gqa_as_tpa(mixer: GroupedQueryAttention) -> TensorProductAttention:
         product.a[...] = rank * jnp.repeat(jnp.eye(rank, dtype=product.a[...].dtype), heads // rank, axis=0)
         product.b.kernel[...] = projection.kernel[...]
     nnx.update(made.out, nnx.state(mixer.out))
+    made.dropout = nnx.clone(mixer.dropout)
     return made
 
 
 def mha_as_tpa(mixer: GroupedQueryAttention) -> TensorProductAttention:
     """`gqa_as_tpa` of multi-head attention: R = N, A = N·I. Raises ValueError unless K = N."""
-    return _as_tpa(mixer, mixer.qkv.num_heads)
+    return _as_tpa(mixer, plain(mixer).qkv.num_heads)
 
 
 def mqa_as_tpa(mixer: GroupedQueryAttention) -> TensorProductAttention:
@@ -324,7 +318,7 @@ def mqa_as_tpa(mixer: GroupedQueryAttention) -> TensorProductAttention:
 
 
 def _as_tpa(mixer: GroupedQueryAttention, kv_heads: int) -> TensorProductAttention:
-    if mixer.qkv.num_kv_heads != kv_heads:
+    if plain(mixer).qkv.num_kv_heads != kv_heads:
         raise ValueError(
             f"mixer: num_kv_heads must be {kv_heads}, got {mixer.qkv.num_kv_heads}; gqa_as_tpa takes any number of kv heads"
         )

@@ -27,7 +27,7 @@ from attnzoo.core.cache import EMPTY, LayerCache, append, cached_attention, init
 from attnzoo.core.masks import Causal
 from attnzoo.core.positions import PositionPlan, Positions, positions_for
 from attnzoo.nn.linear import QKV, default_init, dropout, dropout_arguments, merge_heads
-from attnzoo.nn.mixer import Mixer, both
+from attnzoo.nn.mixer import Mixer, both, on_grid, unshared
 from attnzoo.paper import Paper
 
 
@@ -109,14 +109,17 @@ class GroupedQueryAttention(Mixer):
     def like(cls, mixer: "GroupedQueryAttention", **own: Any) -> Self:
         """A mixer of this class with the weights and settings of another; `own` are this class' further arguments.
 
-        Weights are copied. Further parameters start as the class has them, drawn with seed 0.
+        Weights are copied, and positions that hold arrays. Further parameters start as the class has them, drawn with seed 0.
+        Raises TypeError for a mixer that is neither plain (`plain`) nor of this very class.
         """
+        if type(mixer) is not cls:
+            plain(mixer)
         qkv, first = mixer.qkv, mixer.qkv.query
         made = cls(
             first.in_features[0],
             qkv.num_heads,
             causal=mixer.causal,
-            positions=mixer.positions,
+            positions=unshared(mixer.positions),
             num_kv_heads=qkv.num_kv_heads,
             head_dim=qkv.head_dim,
             use_bias=first.use_bias,
@@ -183,7 +186,7 @@ class GroupedQueryAttention(Mixer):
         q, k, v = self.qkv(x, memory)
         tokens = jnp.arange(x.shape[1]) if positions is None else positions
         q, k = self._rotate(q, tokens), self._rotate(k, tokens)
-        sequence = None if positions is None or self._on_grid else positions
+        sequence = None if on_grid(self.positions) else positions
         return attention(
             q,
             k,
@@ -194,11 +197,6 @@ class GroupedQueryAttention(Mixer):
             **self.call_arguments(crosses=memory is not None),
             **options,
         )
-
-    @property
-    def _on_grid(self) -> bool:
-        """Whether positions are coordinates, which masks do not compare."""
-        return self.positions is not None and self.positions.num_axes > 1
 
     def cache_spec(self) -> dict[str, Any]:
         """What one token leaves behind, as `core.cache.init_cache` takes it."""
@@ -272,6 +270,18 @@ class MultiQueryAttention(GroupedQueryAttention):
 
     def __init__(self, dim: int, num_heads: int, **options: Any):
         super().__init__(dim, num_heads, num_kv_heads=1, **options)
+
+
+def plain(mixer: Any) -> GroupedQueryAttention:
+    """`mixer`, which is one of the three classes above: what conversions start from.
+
+    Raises TypeError, naming the type, for anything else: a subclass computes another function of the same weights.
+    """
+    known = GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention
+    if type(mixer) not in known:
+        names = ", ".join(cls.__name__ for cls in known)
+        raise TypeError(f"mixer: one of {names} itself is converted, got {type(mixer).__name__}, which may compute otherwise")
+    return mixer
 
 
 def mha_to_gqa(params: nnx.State, num_kv_heads: int) -> nnx.State:

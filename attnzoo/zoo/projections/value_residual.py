@@ -36,7 +36,7 @@ from attnzoo.core.masks import Causal
 from attnzoo.core.positions import PositionPlan, Positions, positions_for
 from attnzoo.errors import unknown
 from attnzoo.nn.linear import QKV, dropout, dropout_arguments, linear, merge_heads, named
-from attnzoo.nn.mixer import Mixer, both
+from attnzoo.nn.mixer import Mixer, both, on_grid
 from attnzoo.paper import Paper
 
 MODES = ("identity", "constant", "learnable", "sparse", "unet", "gated", "svformer", "neutreno")
@@ -199,9 +199,7 @@ class ValueResidualAttention(Mixer):
         q, k = self.qkv.query(x), self.qkv.key(x)
         v = None if self._shares else self.qkv.value(x)
         tokens = jnp.arange(x.shape[1]) if positions is None else positions
-        # Masks do not compare coordinates on a grid.
-        on_grid = self.positions is not None and self.positions.num_axes > 1
-        sequence = None if positions is None or on_grid else positions
+        sequence = None if on_grid(self.positions) else positions
         u = attention(
             self._rotate(q, tokens),
             self._rotate(k, tokens),

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from attnzoo.core.cache import cache_bytes
-from attnzoo.core.positions import Linear, RoPE, YaRN
+from attnzoo.core.positions import NTK, Linear, RoPE, YaRN
 from attnzoo.costs import evaluate, sizes
 from attnzoo.nn.linear import parameter_count
+from attnzoo.nn.mla import LatentKVAttention
 from attnzoo.testing import oracle_attention
 from attnzoo.zoo.compress.transmla import (
     PAPER,
@@ -25,6 +26,8 @@ from attnzoo.zoo.compress.transmla import (
     mla_cache_bytes,
     rorope_rotate,
 )
+from attnzoo.zoo.normalizers.relaxed_attention import RelaxedAttention
+from attnzoo.zoo.positions.fope import FoPEConfig
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 from train.claims.common import fit
 
@@ -156,6 +159,19 @@ def test_a_is_the_same_layer_with_the_same_cache(positions, use_bias):
         assert converted.key.down.kernel.shape == converted.value.down.kernel.shape == (D, C)
         assert converted.cache_numbers_per_token() == plain.cache_numbers_per_token() == 2 * C
     np.testing.assert_allclose(decode(converted, X), full, atol=1e-4)
+
+
+def test_positions_of_the_heads_own():
+    """Tables per kv head serve its query heads; the converted layer has a copy. A latent layer builds a plan by itself."""
+    plain = gqa(positions=FoPEConfig(train_length=32))
+    converted = gqa_to_mla(plain)
+    np.testing.assert_allclose(run(converted, X), run(plain, X), atol=1e-4)
+    assert converted.positions is not plain.positions
+    np.testing.assert_array_equal(converted.positions.sin[...], plain.positions.sin[...])
+    options = {"latent_dim": 5, "head_dim": H, "causal": True, "rngs": nnx.Rngs(0)}
+    latent = LatentKVAttention(D, N, positions=FoPEConfig(train_length=32), **options)
+    assert latent.positions.num_heads == N
+    np.testing.assert_allclose(decode(latent, X), run(latent, X), atol=1e-5)
 
 
 def test_svd_splits_the_singular_values_evenly():
@@ -339,7 +355,8 @@ def test_reconstruction_improves_with_rank(rng):
     np.testing.assert_allclose(directions.T @ directions, np.eye(28), atol=1e-10)
     joint = np.concatenate([k / rho, v], 1)
     errors = [np.linalg.norm(joint - joint @ directions[:, :r] @ directions[:, :r].T) for r in range(1, 29)]
-    assert (np.diff(errors) <= 1e-9).all() and errors[-1] < 1e-9
+    singular = np.linalg.svd(joint, compute_uv=False)  # no r directions leave less than the singular values after the r-th
+    np.testing.assert_allclose(errors, [np.linalg.norm(singular[r:]) for r in range(1, 29)], rtol=1e-9, atol=1e-9)
 
 
 def test_layer_error_on_calibration_data_falls_to_that_of_partial_rope():
@@ -468,7 +485,11 @@ def test_parity_with_transformers(version, query_latent_dim):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rope_dim": 3}, "rope_dim: RoPE turns pairs"),
+        ({"rope_dim": 3}, "positions: cannot turn rope_dim=3 features: .* multiple of 2"),
+        ({"rope_dim": -2}, "rope_dim: .* got -2"),
+        ({"rope_dim": 2, "positions": RoPE(scaling=NTK(2.0))}, "rope_dim=2 features: scaling: NTK needs at least 4"),
+        ({"positions": FoPEConfig(train_length=32)}, "positions: RoPE or None is needed.*got FoPEConfig"),
+        ({"positions": FoPEConfig(train_length=32), "rope_dim": 0}, "positions: None or .* rotate is needed, got FoPEConfig"),
         ({"latent_dim": 0}, "latent_dim: a rank is at least 1"),
         ({"query_latent_dim": 0}, "query_latent_dim"),
         ({"positions": RoPE(axes=2)}, "positions: the shared key has one axis"),
@@ -485,6 +506,11 @@ def test_what_cannot_be_converted_is_refused():
     for rope in (RoPE(fraction=0.5), RoPE(scaling=YaRN(2.0, 64))):
         with pytest.raises(ValueError, match="mixer: RoPE of all features"):
             merge_heads_rope(gqa(positions=rope))
+    with pytest.raises(ValueError, match="latent_dim: a rank is at least 1, got 0"):
+        LatentKVAttention(D, N, latent_dim=0, head_dim=H, rngs=nnx.Rngs(0))
+    for convert in (gqa_to_mla, merge_heads_rope, lambda mixer: gqa_to_deepseek_mla(mixer, X, rope_dim=4, latent_dim=8)):
+        with pytest.raises(TypeError, match="got RelaxedAttention"):
+            convert(RelaxedAttention(D, N, rngs=nnx.Rngs(0)))
     merged = merge_heads_rope(gqa())
     with pytest.raises(ValueError, match=r"rotations: .*G·M = 8"):
         rorope_rotate(merged, np.eye(3)[None])
@@ -494,6 +520,14 @@ def test_what_cannot_be_converted_is_refused():
         ({"rope_dim": 6}, "rope_dim: must be even and divide head_dim=8"),
         ({"rope_dim": 4, "fold": 1}, "fold: must be a multiple of head_dim / rope_dim = 2"),
         ({"rope_dim": 4, "latent_dim": 29}, "latent_dim: from 1 to .* = 28"),
+        ({"rope_dim": 4, "balance": 0.0}, "balance: must be above 0, got 0.0"),
+        ({"rope_dim": 4, "query_latent_dim": 33}, "query_latent_dim: None, or from 1 to N·H = 32, got 33"),
     ):
         with pytest.raises(ValueError, match=words):
             gqa_to_deepseek_mla(gqa(), X, **{"latent_dim": 8, **options})
+    for use_bias in (False, True):  # one feature less or more is not taken for a layer with or without biases
+        for x in (X[..., 1:], jnp.pad(X, ((0, 0), (0, 0), (0, 1))), X.at[0, 0, 0].set(jnp.nan)):
+            with pytest.raises(ValueError, match=rf"x: finite inputs \[..., D=24\] .* \(2, 7, {x.shape[-1]}\)"):
+                gqa_to_deepseek_mla(gqa(use_bias), x, rope_dim=4, latent_dim=8)
+    with pytest.raises(ValueError, match=r"k_nope, v: .*are the calibration inputs all 0"):
+        gqa_to_deepseek_mla(gqa(), jnp.zeros_like(X), rope_dim=4, latent_dim=8)

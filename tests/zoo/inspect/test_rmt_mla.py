@@ -26,6 +26,9 @@ from attnzoo.zoo.inspect.rmt_mla import (
     qk_factors,
     qk_gram_spectrum,
 )
+from attnzoo.zoo.normalizers.relaxed_attention import RelaxedAttention
+from attnzoo.zoo.positions.fope import FoPEConfig
+from attnzoo.zoo.projections.cca import CompressedConvAttention
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 from train.claims.common import fit, next_token_loss, noisy_periodic
 
@@ -180,6 +183,8 @@ def test_effective_weights_are_what_logits_are_made_of():
 
     grouped = GroupedQueryAttention(D, N, num_kv_heads=2, **options)
     check(qk_factors(grouped), grouped.qkv.query(X), jnp.repeat(grouped.qkv.key(X), 2, axis=2))
+    relaxed = RelaxedAttention(D, N, **options)  # changes weights, not logits
+    check(qk_factors(relaxed), relaxed.qkv.query(X), relaxed.qkv.key(X))
     pre = MLAPreRoPE(D, N, **options)
     check(qk_factors(pre), pre.queries(X, at), pre.latents(X, at)["k"])
     for rank in (None, 5):
@@ -211,6 +216,16 @@ def test_a_probe_follows_training():
     lam, _ = qk_gram_spectrum(*qk_factors(model.layers.runs[1].mixer).combined())
     np.testing.assert_allclose(probe.log[-1]["stable_rank"], lam.sum() / lam[0])
     probe(1, None)  # between probes the model is not looked at
+
+
+def test_a_probe_reads_the_part_it_is_told():
+    config = LMConfig(vocab_size=8, dim=16, num_layers=1, num_heads=2, mixer="transmla", mixer_args={"rope_dim": 4})
+    model = DecoderLM(config, rngs=nnx.Rngs(0))
+    for part in ("content", "rope"):
+        probe = SpectralProbe(part=part)
+        probe(0, model)
+        lam, _ = qk_gram_spectrum(*qk_factors(model.layers.runs[0].mixer, part).combined())
+        np.testing.assert_allclose(probe.log[0]["stable_rank"], lam.sum() / lam[0])
 
 
 def test_shuffling_a_trained_matrix_leaves_noise(rng):
@@ -256,9 +271,16 @@ def test_pre_rope_is_its_equations():
     np.testing.assert_allclose(y, np.einsum("btnh,nhd->btd", o, f64(mixer.out.kernel)), atol=1e-5)
 
 
-@pytest.mark.parametrize(("cls", "options"), [(MLAPreRoPE, {}), (MLADecoupled, {"latent_dim": 7, "rope_dim": 4})])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (MLAPreRoPE, {}),
+        (MLAPreRoPE, {"positions": FoPEConfig(train_length=32)}),
+        (MLADecoupled, {"latent_dim": 7, "rope_dim": 4}),
+    ],
+)
 def test_variants_are_causal_and_decode(cls, options):
-    mixer = cls(D, N, head_dim=H, causal=True, positions=RoPE(), rngs=nnx.Rngs(0), **options)
+    mixer = cls(D, N, head_dim=H, causal=True, rngs=nnx.Rngs(0), **{"positions": RoPE(), **options})
     run = nnx.jit(lambda m, x: m(x))
     full = run(mixer, X)
     changed = run(mixer, X.at[:, 3:].set(0.0))
@@ -307,8 +329,21 @@ def test_bad_arguments():
         qk_factors(MLAPreRoPE(D, N, rngs=nnx.Rngs(0)), "rope")
     with pytest.raises(ValueError, match="no rotary part"):
         qk_factors(MLADecoupled(D, N, rope_dim=0, rngs=nnx.Rngs(0)), "rope")
-    with pytest.raises(TypeError, match="got Linear"):
-        qk_factors(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    for other in (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), CompressedConvAttention(D, N, rngs=nnx.Rngs(0))):
+        with pytest.raises(TypeError, match=f"got {type(other).__name__}"):
+            qk_factors(other)
+        with pytest.raises(TypeError, match=f"model: .*Stack of layers.*got {type(other).__name__}"):
+            SpectralProbe()(0, other)
+    for options, words in (
+        ({"every": 0}, "every: .* at least 1, got 0"),
+        ({"kind": "querry", "edge": "mp"}, "kind.*'query'"),
+        ({"part": "roap"}, "part.*rope"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SpectralProbe(**options)
+    for options in ({"samples": 0}, {"quantile": 1.5}):
+        with pytest.raises(ValueError, match="samples, quantile: at least 1"):
+            null_edge(qk_factors(GroupedQueryAttention(D, N, rngs=nnx.Rngs(0))), **options)
     scanned = DecoderLM(LMConfig(vocab_size=5, dim=8, num_heads=2, num_layers=2, scan_layers=True), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="scan_layers=False"):
         SpectralProbe()(0, scanned)

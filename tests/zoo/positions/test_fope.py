@@ -284,10 +284,12 @@ def test_spectrum():
     [
         ({"train_length": 6}, "train_length: .* in 6 with floor_ratio=1.0 none finishes one"),
         ({"theta": 1.0}, "theta: must be above 1"),
-        ({"gain": -0.1}, "gain, floor_ratio: .* got -0.1"),
+        ({"gain": -0.1}, "gain: .* got -0.1"),
+        ({"floor_ratio": -1.0}, "floor_ratio: .* got -1.0"),
         ({"cap": 0}, "cap: at least one"),
         ({"cap": 2, "reference_quirks": True}, "reference_quirks sets its own"),
         ({"head_dim": 5}, "head_dim: .* even, got 5"),
+        ({"head_dim": 2, "reference_quirks": True}, "head_dim: reference_quirks .* at least 4, got 2"),
     ],
 )
 def test_bad_arguments(options, words):
@@ -297,6 +299,9 @@ def test_bad_arguments(options, words):
 
 def test_bad_calls(x):
     positions = build()
+    for length in (0, 3):
+        with pytest.raises(ValueError, match=f"train_length: .* in {length} with floor_ratio=1.0 none finishes one"):
+            rope_zeroed(length)
     with pytest.raises(ValueError, match=r"pos: for x \(2, 7, 2, 16\).*got \(3,\)"):
         positions.rotate(x, jnp.arange(3))
     with pytest.raises(ValueError, match=r"heads of width 16, a multiple of 2 of them; got \(2, 7, 1, 16\)"):
@@ -310,3 +315,8 @@ def test_plans_are_built_and_all_else_stays():
     assert positions_for(made, 2, H, rngs=None) is made  # one that is built is shared as it is
     mixer = GroupedQueryAttention(16, 2, positions=made, head_dim=H, rngs=nnx.Rngs(0))
     assert mixer.positions is made
+    # A mixer made like another has tables of its own, which start alike.
+    like = GroupedQueryAttention.like(mixer)
+    assert like.positions is not made and like.positions.sin is not made.sin
+    np.testing.assert_array_equal(like.positions.sin[...], made.sin[...])
+    assert GroupedQueryAttention.like(GroupedQueryAttention(16, 2, positions=rope, rngs=nnx.Rngs(0))).positions == rope

@@ -8,7 +8,7 @@ from flax import nnx
 
 from attnzoo.core.attention import attention
 from attnzoo.core.cache import cache_bytes
-from attnzoo.core.masks import Causal, Lengths
+from attnzoo.core.masks import Causal, Lengths, Segments
 from attnzoo.core.positions import RoPE
 from attnzoo.costs import evaluate, sizes
 from attnzoo.nn.linear import parameter_count
@@ -214,6 +214,12 @@ def test_packed_documents_are_separate(x):
     np.testing.assert_allclose(packed[:, :cut], run(mixer, x[:, :cut]), atol=1e-5)
     np.testing.assert_allclose(packed[:, cut:], run(mixer, x[:, cut:]), atol=1e-5)
     assert not np.allclose(run(mixer, x, positions=at)[:, cut:], packed[:, cut:], atol=1e-2)
+    # The ids of a mask count as those of the argument do, and together with them.
+    masked = run(mixer, x, mask=Lengths(jnp.full(B, T)) & Segments(ids[0]), positions=at)
+    np.testing.assert_allclose(masked, packed, atol=1e-6)
+    later = (jnp.arange(T) < 7).astype(jnp.int32)
+    joint = run(mixer, x, mask=Segments(later), segment_ids=ids, positions=at)
+    np.testing.assert_allclose(joint, run(mixer, x, segment_ids=10 * later + ids, positions=at), atol=1e-6)
 
 
 def test_padding_on_either_side(x):
@@ -231,7 +237,15 @@ def test_padding_on_either_side(x):
 # --- decoding --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"kernels": (3, 4)}, {"use_conv": False, "use_shift": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernels": (3, 4)},
+        {"use_conv": False, "use_shift": False},
+        {"use_shift": False, "num_kv_heads": 1, "head_dim": 1, "positions": None},  # a value without halves
+    ],
+    ids=str,
+)
 def test_any_split_of_the_prompt_is_the_full_forward(x, options):
     mixer = build(**options)
     full = run(mixer, x)
@@ -308,6 +322,8 @@ def test_grouped_heads_by_name():
     [
         (CompressedConvAttention, {"compression": 3}, "compression: 4 heads of dim=16 are 4 wide, which 3 does not"),
         (CompressedConvAttention, {"kernels": (2, 0)}, r"kernels: .* at least one token each, got \(2, 0\)"),
+        (CompressedConvAttention, {"kernels": 3}, r"kernels: \(t0, t1\).*got 3"),
+        (CompressedConvAttention, {"head_dim": 0}, "head_dim: must be at least 1, got 0"),
         (CompressedConvAttention, {"num_kv_heads": 1, "head_dim": 3}, r"K·H must be even, got 1·3"),
         (CompressedConvAttention, {"temp_mode": "log"}, "temp_mode 'log'.*exp, linear"),
         (CompressedConvAttention, {"num_kv_heads": 3}, "num_kv_heads: 3"),
@@ -325,6 +341,10 @@ def test_bad_calls(x):
         mixer(x, segment_ids=jnp.zeros(T, jnp.int32))
     with pytest.raises(ValueError, match=r"memory: .*one sequence"):
         mixer.attention_weights(x, memory=x)
+    with pytest.raises(ValueError, match=r"mask: ids of segments are \[9\].*got \(3,\)"):
+        mixer(x, mask=Segments(jnp.zeros(3, jnp.int32)))
+    with pytest.raises(ValueError, match=r"mask: .*without Segments"):
+        mixer.prefill(x, mixer.init_cache(B, T), mask=Segments(jnp.zeros(T, jnp.int32)))
 
 
 # --- parity ----------------------------------------------------------------------------------------------

@@ -321,10 +321,20 @@ def test_groups_have_their_own_atoms(tokens):
 
 
 def test_grouped_heads_get_smaller_ranks(tokens):
-    config = dataclasses.replace(CONFIG, num_kv_heads=1)  # keys and values are 16 × 4
-    model = masa_from_pretrained(DecoderLM(config, rngs=nnx.Rngs(0)), 1, rank=5, tokens=tokens)
-    ranks = {name: model.refinements[name][0].shape[-1] for name in NAMES}
-    assert ranks == {"query": 8, "key": 2, "value": 2, "out": 8}  # 20 in all, 4:1:1:4
+    lm = DecoderLM(dataclasses.replace(CONFIG, num_kv_heads=1), rngs=nnx.Rngs(0))  # keys and values are 16 × 4
+    for rank, shares in ((5, (8, 2, 2, 8)), (1, (2, 1, 1, 2)), (D, (16, 4, 4, 16))):  # 4 · rank in all, 4:1:1:4
+        model = masa_from_pretrained(lm, 1, rank=rank, tokens=tokens)
+        assert tuple(model.refinements[name][0].shape[-1] for name in NAMES) == shares
+    np.testing.assert_allclose(forward(model, tokens), forward(lm, tokens), atol=1e-4)  # nothing is missing any more
+
+
+def test_calibration_drops_nothing(tokens):
+    config = dataclasses.replace(CONFIG, num_layers=2, dropout_rate=0.5, mixer_args={"dropout_rate": 0.5})
+    lm = DecoderLM(config, rngs=nnx.Rngs(0))
+    found = calibrate(lm, tokens)
+    assert not np.allclose(forward(lm, tokens), forward(lm, tokens))  # the decoder keeps its mode
+    lm.eval()
+    jax.tree.map(np.testing.assert_array_equal, found, calibrate(lm, tokens))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +349,9 @@ def test_grouped_heads_get_smaller_ranks(tokens):
         (lambda: local_refinement(np.ones((3, 2)), np.eye(2), 1), r"moment: .* \(3, 3\), got \(2, 2\)"),
         (lambda: local_refinement(np.ones((3, 2)), np.eye(3), 3), "rank: between 1 and 2"),
         (lambda: masa_from_pretrained(DecoderLM(CONFIG, rngs=nnx.Rngs(0)), 1, rank=2), "tokens: .*rank=2"),
+        (lambda: masa_from_pretrained(DecoderLM(CONFIG, rngs=nnx.Rngs(0)), 1, rank=-1), "rank, num_groups: .* got -1 and 1"),
+        (lambda: masa_from_pretrained(DecoderLM(CONFIG, rngs=nnx.Rngs(0)), 1, num_groups=0), "rank, num_groups: .* 0 and 0"),
+        (lambda: DirectCoefficients(4, 1, 3, near_sharing=True, rngs=nnx.Rngs(0)), "num_atoms: .* divisor of num_layers=4"),
     ],
 )
 def test_bad_arguments(call, words):

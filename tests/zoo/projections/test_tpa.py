@@ -15,6 +15,8 @@ from attnzoo.costs import evaluate, sizes
 from attnzoo.models.t6 import T6LM, T6Block, TPAConfig
 from attnzoo.nn.linear import parameter_count
 from attnzoo.testing import oracle_attention
+from attnzoo.zoo.normalizers.relaxed_attention import RelaxedAttention
+from attnzoo.zoo.positions.fope import FoPEConfig
 from attnzoo.zoo.projections.tpa import (
     PAPER,
     TensorProductAttention,
@@ -141,10 +143,20 @@ def test_grouped_attention_is_a_special_case(kv_heads, convert):
 def test_what_cannot_be_converted_is_refused():
     with pytest.raises(ValueError, match="biases"):
         gqa_as_tpa(build(GroupedQueryAttention, use_bias=True))
+    with pytest.raises(ValueError, match="by RoPE alone, and it has FourierPositionEmbedding"):
+        gqa_as_tpa(build(GroupedQueryAttention, positions=FoPEConfig(train_length=64)))
+    for convert in (gqa_as_tpa, mha_as_tpa, mqa_as_tpa):
+        with pytest.raises(TypeError, match="got RelaxedAttention"):
+            convert(build(RelaxedAttention))
     with pytest.raises(ValueError, match="num_kv_heads must be 4, got 2"):
         mha_as_tpa(build(GroupedQueryAttention, num_kv_heads=2))
     with pytest.raises(ValueError, match="num_kv_heads must be 1, got 4"):
         mqa_as_tpa(build(GroupedQueryAttention))
+
+
+def test_dropout_is_converted_too():
+    made = gqa_as_tpa(build(GroupedQueryAttention, dropout_rate=0.5))
+    assert made.dropout.rate == 0.5 and not np.allclose(run(made, X), run(made, X))
 
 
 def test_dense_queries_are_the_product_form_when_a_is_constant():
@@ -327,6 +339,7 @@ def test_t6_blocks_are_the_papers():
         ({"rank_q": 0}, "rank_q: a rank is at least 1, got 0"),
         ({"rank_v": -1}, "rank_v"),
         ({"head_dim": 5}, "head_dim.*multiple of 2"),
+        ({"positions": FoPEConfig(train_length=64)}, "positions: RoPE or None is needed.*got FoPEConfig"),
         ({"noncontextual_a": True, "noncontextual_b": True}, "noncontextual_a, noncontextual_b"),
     ],
 )

@@ -20,6 +20,7 @@ from attnzoo.zoo.projections.transformer import (
     MultiQueryAttention,
     kv_cache_bytes,
     mha_to_gqa,
+    plain,
     scaled_dot_product_attention,
 )
 
@@ -240,6 +241,21 @@ def test_precision_and_dtypes_are_those_of_flax():
     assert model.qkv.query.precision == "highest"
     assert run(model, X).dtype == jnp.bfloat16
     assert model.init_cache(B, T).payload["k"].dtype == jnp.bfloat16
+
+
+def test_conversions_take_the_plain_classes_alone():
+    class Gated(GroupedQueryAttention):
+        pass
+
+    for cls in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
+        mixer = cls(D, N, rngs=nnx.Rngs(0))
+        assert plain(mixer) is mixer
+    for other in (Gated(D, N, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))):
+        with pytest.raises(TypeError, match=f"mixer: .*MultiQueryAttention itself is converted, got {type(other).__name__}"):
+            plain(other)
+        with pytest.raises(TypeError, match=f"got {type(other).__name__}"):
+            GroupedQueryAttention.like(other)
+    assert type(Gated.like(Gated(D, N, rngs=nnx.Rngs(0)))) is Gated
 
 
 @pytest.mark.parametrize(
