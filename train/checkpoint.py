@@ -1,6 +1,10 @@
 """Checkpoints: saved in the background, whole or not at all, and checked when they are read."""
 
+import contextlib
+import gc
 import logging
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,26 +102,44 @@ class Checkpoints:
         return _unnamed(like, restored)
 
 
-class _reading:
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     """Turns whatever Orbax raises over a damaged checkpoint into one paragraph."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
+    try:
+        yield
+    except Exception as error:
+        _forget_tasks(error)
         line = next(iter(str(error).strip().splitlines()), "").partition(". See full")[0][:160] or type(error).__name__
-        others = sorted((p.name for p in self.folder.parent.glob("[0-9]*") if p != self.folder), key=int)
+        others = sorted((p.name for p in folder.parent.glob("[0-9]*") if p != folder), key=int)
         fallback = (
             f"delete or move that folder away to go on from step {others[-1]}"
             if others
             else "there is no other checkpoint of this run"
         )
-        raise ValueError(f"checkpoint {self.folder} cannot be read, it is truncated or damaged ({line}); {fallback}") from error
+        raise ValueError(f"checkpoint {folder} cannot be read, it is truncated or damaged ({line}); {fallback}") from error
+
+
+def _forget_tasks(error: BaseException) -> None:
+    """Frees, in silence, the asyncio tasks that a failed read leaves behind.
+
+    Orbax reads all arrays at once and stops at the first that fails. The tasks of the others hang on the frames of the
+    traceback, in cycles; whenever the collector came to them, asyncio would log each of their errors, with a traceback.
+    The traceback itself keeps its lines.
+    """
+    chain: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is not None and not any(link is known for known in chain):
+            chain.append(link)
+            waiting += [link.__cause__, link.__context__]
+            traceback.clear_frames(link.__traceback__)
+    quiet = logging.getLogger("asyncio")
+    disabled, quiet.disabled = quiet.disabled, True
+    try:
+        gc.collect()
+    finally:
+        quiet.disabled = disabled
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:
