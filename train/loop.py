@@ -115,6 +115,8 @@ class _Run:
         self.seconds_per_step: list[float] = []
         self.score: dict[str, float] = {}
         self.scored: int | None = None  # the step after which it was
+        best = self.checkpoints.best()
+        self.best = -math.inf if best is None else best[1]
 
     def _start(self) -> tuple[TrainState, int]:
         steps = self.checkpoints.steps()
@@ -205,12 +207,15 @@ class _Run:
         return self.score[self.task.metric] * (1 if self.task.higher_is_better else -1)
 
     def _is_best(self) -> bool:
-        best, quality = self.checkpoints.best(), self._quality()
-        return self.config.checkpoint.best > 0 and quality is not None and (best is None or quality > best[1])
+        """Of the checkpoints that stay."""
+        quality = self._quality()
+        return self.config.checkpoint.best > 0 and quality is not None and quality > self.best
 
     def _save(self) -> None:
+        quality = self._quality()
         if self.step not in self.checkpoints.steps():
-            self.checkpoints.save(self.step, self.state, self.data, self.about.as_json(), self._quality())
+            self.checkpoints.save(self.step, self.state, self.data, self.about.as_json(), quality)
+            self.best = self.best if quality is None else max(self.best, quality)
 
     def abandon(self) -> None:
         """After an error: keeps what is on the way to the disk, where no other process has to be waited for."""

@@ -74,6 +74,7 @@ def connect(config: DistributedConfig) -> None:
         raise ValueError(f"--distributed.process: {index} is not one of the {count} processes 0 to {count - 1}")
     if not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(f"--distributed.coordinator: {coordinator!r} is not HOST:PORT, e.g. 10.0.0.1:1234")
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for the loop, which saves
     try:
         jax.distributed.initialize(
             coordinator, count, index, cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -99,6 +100,7 @@ def _detect() -> None:
     """Joins the job that the cluster's own variables describe, where there are any."""
     if "1" in (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE")):
         return  # JAX would give this process one device only
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:

@@ -94,7 +94,8 @@ def _state(model: nnx.Module) -> nnx.State:
 def _arrays(model: nnx.Module) -> dict[str, Any]:
     """Every array by its name, in the order of the state's leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(_state(model))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+    return {name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}  # a Variable's own key
 
 
 def _safetensors() -> Any:
