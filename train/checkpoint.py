@@ -1,11 +1,10 @@
 """Checkpoints: saved in the background, whole or not at all, and checked when they are read."""
 
+import asyncio
 import contextlib
 import copy
-import gc
 import logging
 import shutil
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,9 @@ class Checkpoints:
             "data": ocp.JsonCheckpointHandler(),
             "about": ocp.JsonCheckpointHandler(),
         }
+        self._open = contextlib.ExitStack()
+        if keep is not None:
+            self._open.enter_context(_own_loops())  # for the threads that write
         self._manager = ocp.CheckpointManager(self.folder, options=_options(keep), item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -87,7 +89,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with self._writing():
+        """Ends as `wait` does, and reads and writes no more."""
+        with self._open, self._writing():
             self._manager.close()
 
     @contextlib.contextmanager
@@ -98,7 +101,6 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # another process is gone
         except Exception as error:
-            _forget_tasks(error)
             steps = checkpoint_steps(self.folder)
             left = f"the one of step {steps[-1]} is whole" if steps else "there is none before it"
             free = shutil.disk_usage(self.folder).free / 2**20
@@ -175,9 +177,9 @@ def _quality(metrics: dict[str, float]) -> float:
 def _reading(folder: Path) -> Iterator[None]:
     """Turns whatever Orbax raises over a damaged checkpoint into one paragraph."""
     try:
-        yield
+        with _own_loops():
+            yield
     except Exception as error:
-        _forget_tasks(error)
         others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
         fallback = (
             f"delete or move that folder away to go on from step {others[-1]}"
@@ -193,27 +195,36 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "").partition(". See full")[0][:160] or type(error).__name__
 
 
-def _forget_tasks(error: BaseException) -> None:
-    """Frees, in silence, the asyncio tasks that a failed read leaves behind.
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that ends what it began before it is closed.
 
-    Orbax reads all arrays at once and stops at the first that fails. The tasks of the others hang on the frames of the
-    traceback, in cycles; whenever the collector came to them, asyncio would log each of their errors, with a traceback.
-    The traceback itself keeps its lines.
+    Orbax reads and writes all arrays at once, stops at the first that fails, and closes the loop over the others. Each of
+    them would then say so on stderr, with a traceback: at once, or whenever the garbage collector comes to it.
     """
-    chain: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        link = waiting.pop()
-        if link is not None and not any(link is known for known in chain):
-            chain.append(link)
-            waiting += [link.__cause__, link.__context__]
-            traceback.clear_frames(link.__traceback__)
-    quiet = logging.getLogger("asyncio")
-    disabled, quiet.disabled = quiet.disabled, True
+
+    def close(self) -> None:
+        if not self.is_closed() and not self.is_running():
+            self.run_until_complete(self._ended())
+        super().close()
+
+    async def _ended(self) -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _Loop()
+
+
+@contextlib.contextmanager
+def _own_loops() -> Iterator[None]:
+    """Within it new event loops are ours, in every thread."""
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_Policy())
     try:
-        gc.collect()
+        yield
     finally:
-        quiet.disabled = disabled
+        asyncio.set_event_loop_policy(before)
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:
