@@ -1,4 +1,4 @@
-"""The command line: `attnzoo list | show | train | compare | generate | claim | bench`.
+"""The command line: `attnzoo list | show | train | compare | generate | export | claim | bench`.
 
 `list` and `show` live here. The other commands belong to the packages `train` and `benchmarks`, which are
 imported only when one of them is asked for: the one place where the library reaches up to what stands on it.
@@ -26,6 +26,7 @@ commands:
   train       train a small model with any mixer
   compare     train several mixers at equal parameters and tabulate them
   generate    continue a prompt with a trained checkpoint
+  export      write a trained model as a safetensors file
   claim       run the experiment that checks a paper's central claim
   bench       measure the library against its peers
 
@@ -227,7 +228,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "list": _list,
     "show": _show,
     "bench": _bench,
-    **{name: _delegate(name) for name in ("train", "compare", "generate", "claim")},
+    **{name: _delegate(name) for name in ("train", "compare", "generate", "export", "claim")},
 }
 
 

@@ -1,6 +1,12 @@
 """Checkpoints: saved in the background, whole or not at all, and checked when they are read."""
 
+import asyncio
+import contextlib
+import copy
 import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +17,97 @@ import orbax.checkpoint as ocp
 
 from train.trainer import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of its work
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every step of its work, and what it raises too
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` newest, and the `best` of those that were validated."""
+
+    last: int
+    best: int
 
 
 class Checkpoints:
     """The checkpoints of a run, `folder/STEP` each.
 
     One holds four items: `model` (parameters, random streams), `optimizer` (its state and the step), `data`
-    (the position of the training data) and `about` (configuration, data fingerprint, versions).
+    (the position of the training data) and `about` (configuration, data fingerprint, versions); and, where the model was
+    validated after that step, `metrics`, its quality. Several processes write their parts into the same folder; every one
+    of them must make each call.
+
+    keep: what stays when more is saved; None for reading alone. Writing first removes what killed runs left unfinished.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
+    def __init__(self, folder: Path, keep: Keep | None = None):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {
             "model": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
-            "data": grain.checkpoint.CheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
             "about": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._open = contextlib.ExitStack()
+        if keep is not None:
+            self._open.enter_context(_own_loops())  # for the threads that write
+        self._manager = ocp.CheckpointManager(self.folder, options=_options(keep), item_handlers=handlers)
 
     def steps(self) -> list[int]:
-        """The steps there are complete checkpoints of, in order."""
+        """The steps there are complete checkpoints of, in order; one that is being saved counts."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, about: dict[str, Any]) -> None:
-        """Starts saving; training may go on. `wait` makes sure that it is on disk."""
+    def best(self) -> tuple[int, float] | None:
+        """(step, quality) of the best validated checkpoint, None if there is none."""
+        step = self._manager.best_step()
+        return None if step is None else (step, _quality(self._manager.metrics(step)))
+
+    def save(
+        self, step: int, state: TrainState, data: grain.DatasetIterator, about: dict[str, Any], quality: float | None = None
+    ) -> None:
+        """Starts saving; training may go on. `wait` makes sure that it is on disk.
+
+        quality: by the validation after this step, if there was one; higher is better. Raises OSError if this save, or the
+        one before it, could not be written; the checkpoints before stay as they are.
+        """
         model, optimizer = _parts(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(_named(model)),
-                optimizer=ocp.args.StandardSave(_named(optimizer)),
-                data=grain.checkpoint.CheckpointSave(data),
-                about=ocp.args.JsonSave(about),
-            ),
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                metrics=None if quality is None else {"quality": quality},
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(_named(model)),
+                    optimizer=ocp.args.StandardSave(_named(optimizer)),
+                    data=ocp.args.JsonSave(copy.deepcopy(data.get_state())),
+                    about=ocp.args.JsonSave(about),
+                ),
+                force=True,
+            )
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Returns when all that was saved is on disk. Raises OSError if it could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends as `wait` does, and reads and writes no more."""
+        with self._open, self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns whatever a failed write raises into one paragraph."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone
+        except Exception as error:
+            steps = checkpoint_steps(self.folder)
+            left = f"the one of step {steps[-1]} is whole" if steps else "there is none before it"
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}; {free:,.0f} MB are free there). "
+                f"Nothing else was touched: {left}; make room and go on with --resume"
+            ) from error
 
     def about(self, step: int) -> dict[str, Any]:
         """What the checkpoint says about its run."""
@@ -62,7 +115,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
     def restore(self, step: int, like: TrainState, shardings: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state after `step`, bit for bit; `data` is put where it was.
+        """The state after `step`, bit for bit, on whatever mesh and processes wrote it; `data` is put where it was.
 
         like: shapes and dtypes. Raises ValueError if the checkpoint is damaged or of another model.
         """
@@ -71,7 +124,7 @@ class Checkpoints:
             for item, part, places in zip(("model", "optimizer"), _parts(like), _parts(shardings), strict=True)
         ]
         with _reading(self.folder / str(step)):
-            self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
+            data.set_state(self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
         (params, rest), (opt_state, count) = parts
         return TrainState(params, rest, opt_state, count)
 
@@ -98,26 +151,80 @@ class Checkpoints:
         return _unnamed(like, restored)
 
 
-class _reading:
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, in order: a folder has its name only once it is whole."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
+
+
+def _options(keep: Keep | None) -> ocp.CheckpointManagerOptions:
+    if keep is None:
+        return ocp.CheckpointManagerOptions(read_only=True, create=False, best_fn=_quality)
+    policies = ocp.checkpoint_managers
+    best = policies.BestN(get_metric_fn=_quality, n=keep.best, keep_checkpoints_without_metrics=False)
+    return ocp.CheckpointManagerOptions(
+        best_fn=_quality,
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep.last), best]),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    return metrics["quality"]
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     """Turns whatever Orbax raises over a damaged checkpoint into one paragraph."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        line = next(iter(str(error).strip().splitlines()), "").partition(". See full")[0][:160] or type(error).__name__
-        others = sorted((p.name for p in self.folder.parent.glob("[0-9]*") if p != self.folder), key=int)
+    try:
+        with _own_loops():
+            yield
+    except Exception as error:
+        others = [step for step in checkpoint_steps(folder.parent) if str(step) != folder.name]
         fallback = (
             f"delete or move that folder away to go on from step {others[-1]}"
             if others
             else "there is no other checkpoint of this run"
         )
-        raise ValueError(f"checkpoint {self.folder} cannot be read, it is truncated or damaged ({line}); {fallback}") from error
+        raise ValueError(
+            f"checkpoint {folder} cannot be read, it is truncated or damaged ({_first_line(error)}); {fallback}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "").partition(". See full")[0][:160] or type(error).__name__
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that ends what it began before it is closed.
+
+    Orbax reads and writes all arrays at once, stops at the first that fails, and closes the loop over the others. Each of
+    them would then say so on stderr, with a traceback: at once, or whenever the garbage collector comes to it.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed() and not self.is_running():
+            self.run_until_complete(self._ended())
+        super().close()
+
+    async def _ended(self) -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _Loop()
+
+
+@contextlib.contextmanager
+def _own_loops() -> Iterator[None]:
+    """Within it new event loops are ours, in every thread."""
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_Policy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:

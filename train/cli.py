@@ -1,8 +1,9 @@
-"""The commands `attnzoo train | compare | generate | claim`. What a user got wrong is raised as ValueError."""
+"""The commands `attnzoo train | compare | generate | export | claim`. What a user got wrong is raised as ValueError."""
 
+import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -10,20 +11,21 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from train import processes
 from train.claim import ClaimConfig, run_claim
 from train.compare import compare, table
 from train.config import Config, differences, smoke
+from train.export import ExportConfig, export
 from train.generate import GenerateConfig, generate
+from train.launch import launch
 from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
+from train.processes import INTERRUPTED, DistributedConfig
 from train.report import print_result
 from train.rundir import CONFIG, free_folder, open_run
 from train.suite import run_suite, smoke_suite, suite_named
 from train.suite import table as suite_table
 from train.tasks import task_class
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 _TRAIN = """\
 Trains a small model with any mixer: two minutes on two CPU cores by default, a pod by configuration.
@@ -34,6 +36,8 @@ examples:
   attnzoo train --mixer value_residual --steps 800 --seed 1
   attnzoo train --task digits
   attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
+  attnzoo train --processes 2 --mesh.data 8 --batch 64
+  srun attnzoo train --mesh.fsdp 64 --batch 512 --out /shared/run
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
 """
@@ -47,6 +51,15 @@ examples:
   attnzoo generate --checkpoint runs/text-transformer/checkpoints/200 --prompt "if" --top-k 20 --seed 3
 """
 
+
+_EXPORT = """\
+Writes the weights of a trained model as a safetensors file, with the configuration in its metadata.
+
+examples:
+  attnzoo export runs/text-transformer --out model.safetensors
+  attnzoo export runs/text-transformer/checkpoints/best --out model.safetensors --dtype bfloat16
+  attnzoo generate --checkpoint model.safetensors --prompt "The "
+"""
 
 _COMPARE = """\
 Trains several mixers at one parameter budget, and tabulates quality, step time and cache. An entry may set
@@ -93,6 +106,9 @@ class TrainCommand:
     """Continue the run in this folder, exactly where its last checkpoint stands."""
     smoke: bool = False
     """A run of CI length: at most 20 steps with 8 examples each."""
+    processes: int = 1
+    """Start this many processes on this machine, each with its own devices, which train together."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True)
@@ -123,23 +139,42 @@ class SuiteCommand:
 
 
 def train_main(argv: Sequence[str]) -> int:
-    """`attnzoo train`: 0 when the run is finished, 130 when it was interrupted and can be resumed."""
+    """`attnzoo train`: 0 when the run is finished, 130 when it was interrupted and can be resumed.
+
+    Of several processes: 3 when another one is gone, 1 when this one failed alone.
+    """
     command = parse_train(argv)
-    config = command.config
+    if command.processes > 1 and "ATTNZOO_PROCESS" not in os.environ:  # which those that are started have
+        folder = _folder(command)
+        place = [] if command.resume or command.out else ["--out", str(folder)]
+        return launch([*argv, *place], command.processes, folder)
+    with processes.ending():
+        processes.connect(command.distributed)
+        return _train(command)
+
+
+def _folder(command: TrainCommand) -> Path:
     if command.resume is not None:
-        folder = Path(command.resume).expanduser()
-    elif command.out is not None:
-        folder = Path(command.out).expanduser()
-    else:
-        folder = free_folder(f"{config.task}-{config.mixer}")
-    console = Console()
+        return Path(command.resume).expanduser()
+    if command.out is not None:
+        return Path(command.out).expanduser()
+    return free_folder(f"{command.config.task}-{command.config.mixer}")
+
+
+def _train(command: TrainCommand) -> int:
+    config, folder = command.config, Path(processes.from_first(str(_folder(command))))
+    console = Console(quiet=processes.index() > 0)
     resume = f"attnzoo train --resume {shlex.quote(str(folder))}"
+    if command.processes > 1:
+        resume += f" --processes {command.processes}"
     try:
         result = train(config, folder, resume=command.resume is not None, console=console)
     except KeyboardInterrupt:  # before the first step, after the last one, or a second time
         started = (folder / CONFIG).is_file()
         said = f"continue from its last checkpoint with\n  {resume}" if started else "nothing was started"
         console.print(f"\ninterrupted; {said}", highlight=False, soft_wrap=True)
+        if processes.count() > 1:  # the others may wait for this one
+            raise
         return INTERRUPTED
     if result.interrupted:
         said = f"interrupted after step {result.step} of {config.steps}, which is saved"
@@ -167,6 +202,10 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     config = smoke(command.config) if command.smoke else command.config
     if taken:
         config = replace(config, mixer_args={**config.mixer_args, **parse_mixer_args(config.mixer, taken)})
+    if command.processes < 1:
+        raise ValueError(f"--processes: must be at least 1, got {command.processes}")
+    if command.processes > 1 and command.distributed != DistributedConfig():
+        raise ValueError("--processes: starts all processes of a job here, without --distributed, which joins one")
     changed = differences(stored, config) if stored else []
     if changed:
         raise ValueError(
@@ -180,6 +219,13 @@ def generate_main(argv: Sequence[str]) -> int:
     """`attnzoo generate`: prints the prompt and what the model makes of it."""
     config = _parse(GenerateConfig, argv, "generate", _GENERATE)
     print(config.prompt + generate(config))
+    return 0
+
+
+def export_main(argv: Sequence[str]) -> int:
+    """`attnzoo export`: 0 when the file is written."""
+    path = export(_parse(ExportConfig, argv, "export", _EXPORT))
+    print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MB")
     return 0
 
 

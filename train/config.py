@@ -106,6 +106,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always makes one."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    best: int = 1
+    """How many of the best by the validation score stay besides; a new best is saved where it is found. 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class Config:
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"--{name}: must be at least 1, got {value}")
+        if self.checkpoint.best < 0:
+            raise ValueError(f"--checkpoint.best: must be at least 0, got {self.checkpoint.best}")
 
     def as_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; `from_json` is the way back."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnzoo.convert.weights import load_weights, read_config
 from attnzoo.models.decoding import greedy, sample
 from train.config import MeshConfig
 from train.data import tokenizer
@@ -23,7 +24,7 @@ class GenerateConfig:
     """Continue a prompt with a trained language model."""
 
     checkpoint: str
-    """The folder of a run, or RUN/checkpoints/STEP."""
+    """The folder of a run, RUN/checkpoints/STEP, RUN/checkpoints/best, or a file that attnzoo export wrote."""
     prompt: str
     """Text to continue."""
     max_new: int = 200
@@ -58,7 +59,9 @@ def generate(config: GenerateConfig) -> str:
 
 
 def load_model(path: Path) -> nnx.Module:
-    """The model of a checkpoint in evaluation mode, on the first device, whatever mesh it was trained on."""
+    """The model of a checkpoint or an exported file, in evaluation mode, on the first device, whatever it was trained on."""
+    if path.suffix == ".safetensors":
+        return _load_exported(path)
     checkpoints, step = find_checkpoint(path)
     try:
         config = About.from_json(checkpoints.about(step)).config
@@ -67,6 +70,14 @@ def load_model(path: Path) -> nnx.Module:
     finally:
         checkpoints.close()
     return trainer.model(params, rest)
+
+
+def _load_exported(path: Path) -> nnx.Module:
+    config = About.from_json(read_config(path)).config
+    model = make_task(config).make_model(nnx.Rngs(config.seed))
+    load_weights(model, path)
+    model.eval()
+    return model
 
 
 def continue_text(

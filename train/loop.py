@@ -1,5 +1,6 @@
 """The training loop: from a configuration to a trained model, a folder and a verdict."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,7 +8,6 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from train.checkpoint import Checkpoints
+from train import processes
+from train.checkpoint import Checkpoints, Keep
 from train.config import Config
-from train.metrics import Metrics, plot_run, read_metrics, write_atomically
+from train.metrics import Metrics, NoMetrics, plot_run, read_metrics, write_atomically
 from train.progress import RunDisplay, print_header
-from train.rundir import CHECKPOINTS, About, new_run, open_run
+from train.rundir import CHECKPOINTS, About, check_seen, new_run, open_run
 from train.sharding import check_batch, make_mesh, on_mesh
 from train.tasks import Task, make_task
 from train.trainer import Trainer, TrainState, learning_rate
@@ -32,6 +33,7 @@ class Result:
     step: where it ended; interrupted: whether that was before its last step.
     score: validation metrics. baselines: name -> the same metric. step_seconds: median of a training step,
     None if too few were timed. seconds: of this process's part of the run. sample: (title, text).
+    Of several processes only the first has baselines and a sample.
     """
 
     folder: Path
@@ -49,7 +51,7 @@ class Result:
         return {**values, "folder": str(self.folder)}
 
 
-class NotFinite(ValueError):
+class NotFinite(processes.Shared):
     """The loss or its gradient became NaN or infinite."""
 
 
@@ -57,30 +59,43 @@ def train(config: Config, folder: Path, *, resume: bool = False, console: Consol
     """Runs a configuration to its end, or until it is interrupted.
 
     folder: where everything goes. It must not hold a run, unless `resume` continues the one in it, bit for
-    bit what it would have been without the break (on a mesh of the same shape).
+    bit what it would have been without the break (on a mesh of the same shape and as many processes).
+    Of several processes (`jax.distributed`) each calls it with the same arguments; the first one writes everything but the
+    checkpoints, of which each writes its part.
     Raises ValueError for a configuration, data or checkpoint that does not fit, before anything is written;
-    NotFinite, which names the step, when training diverges: the last good checkpoint stays.
+    NotFinite, which names the step, when training diverges: the last good checkpoint stays; OSError when a checkpoint
+    cannot be written; PeerLost when another process is gone.
     """
     began = time.monotonic()
-    console = console or Console(quiet=True)
-    task = make_task(config)
-    mesh = make_mesh(config.mesh)
-    check_batch(config.batch, task.context, mesh)
-    trainer = Trainer(task, config, mesh)
-    about = About.now(config, task.dataset.name, task.dataset.fingerprint)
-    if resume:
-        open_run(folder).check_data(task.dataset.fingerprint)
-    else:
-        new_run(folder, about)
+    first = processes.index() == 0
+    console = console if console and first else Console(quiet=True)
+    with processes.together():
+        task = make_task(config)
+        mesh = make_mesh(config.mesh)
+        check_batch(config.batch, task.context, mesh)
+        trainer = Trainer(task, config, mesh)
+        about = About.now(config, task.dataset.name, task.dataset.fingerprint)
+    processes.same({"configuration": json.dumps(about.config.as_json()), "data set": about.data["fingerprint"]})
+    with processes.together():
+        if resume:
+            open_run(folder).check_data(task.dataset.fingerprint)
+        elif first:
+            new_run(folder, about)
+    with processes.together():
+        check_seen(folder)
     print_header(console, config, folder)
-    run = _Run(task, config, trainer, about, folder, console)
-    try:
-        with _interrupts() as interrupted:
-            run.to_the_end(interrupted)
-        return run.close(began)
-    finally:
+    with processes.watching(f"Go on from the last checkpoint in {folder} with --resume"):
+        run = _Run(task, config, trainer, about, folder, console)
+        try:
+            with _interrupts() as interrupted:
+                run.to_the_end(interrupted)
+            result = run.close(began)
+        except BaseException:
+            run.abandon()
+            raise
         run.checkpoints.close()
         run.metrics.close()
+        return result
 
 
 class _Run:
@@ -89,15 +104,19 @@ class _Run:
     def __init__(self, task: Task, config: Config, trainer: Trainer, about: About, folder: Path, console: Console):
         self.task, self.config, self.trainer, self.about = task, config, trainer, about
         self.folder, self.console = folder, console
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.checkpoint.keep)
+        self.first, self.alone = processes.index() == 0, processes.count() == 1
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, Keep(config.checkpoint.keep, config.checkpoint.best))
         self.data = iter(task.batches())
         self.state, self.step = self._start()
         self.start = self.step
-        self.metrics = Metrics(folder, keep=self.step)
+        self.metrics = Metrics(folder, keep=self.step) if self.first else NoMetrics()
         self.schedule = learning_rate(config)
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.seconds_per_step: list[float] = []
         self.score: dict[str, float] = {}
+        self.scored: int | None = None  # the step after which it was
+        best = self.checkpoints.best()
+        self.best = -math.inf if best is None else best[1]
 
     def _start(self) -> tuple[TrainState, int]:
         steps = self.checkpoints.steps()
@@ -112,7 +131,8 @@ class _Run:
         display = RunDisplay(self.console, steps=steps, start=self.step, unit=self.task.unit)
         with display, on_mesh(self.trainer.mesh):
             clock = time.monotonic()
-            while self.step < steps and not interrupted():
+            stopped = processes.anywhere(interrupted())
+            while self.step < steps and not stopped:
                 batch = self.trainer.put(next(self.data))
                 self.state, metrics = self.trainer.train_step(self.state, batch)
                 self.step += 1
@@ -121,15 +141,17 @@ class _Run:
                 evaluate = at_end or self.step % config.eval.every == 0
                 save = at_end or self.step % config.checkpoint.every == 0
                 if not (evaluate or save or self.step % config.log_every == 0):
+                    stopped = self.alone and interrupted()
                     continue
                 self._fetch(display, clock)
                 if evaluate:
                     self._evaluate(display)
-                if save:
+                if save or (evaluate and self._is_best()):
                     self._save()
                 self.metrics.flush()
+                stopped = processes.anywhere(interrupted())  # several processes must stop after the same step
                 clock = time.monotonic()
-            if interrupted() and self.step > self.start:
+            if stopped and self.step > self.start:
                 self._fetch(display, clock)
                 self._save()
         self.checkpoints.wait()
@@ -174,12 +196,34 @@ class _Run:
 
     def _evaluate(self, display: RunDisplay) -> None:
         self.score = self.trainer.evaluate(self.state, self.task.validation_batches())
+        self.scored = self.step
         self.metrics.write(self.step, {f"validation/{name}": value for name, value in self.score.items()})
         display.score(f"validation {self.score[self.task.metric]:.3f} {self.task.quality}")
 
+    def _quality(self) -> float | None:
+        """Of the model as it is, if it was just validated; higher is better."""
+        if self.scored != self.step:
+            return None
+        return self.score[self.task.metric] * (1 if self.task.higher_is_better else -1)
+
+    def _is_best(self) -> bool:
+        """Of the checkpoints that stay."""
+        quality = self._quality()
+        return self.config.checkpoint.best > 0 and quality is not None and quality > self.best
+
     def _save(self) -> None:
+        quality = self._quality()
         if self.step not in self.checkpoints.steps():
-            self.checkpoints.save(self.step, self.state, self.data, self.about.as_json())
+            self.checkpoints.save(self.step, self.state, self.data, self.about.as_json(), quality)
+            self.best = self.best if quality is None else max(self.best, quality)
+
+    def abandon(self) -> None:
+        """After an error: keeps what is on the way to the disk, where no other process has to be waited for."""
+        with contextlib.suppress(OSError):
+            self.metrics.close()
+        if self.alone:
+            with contextlib.suppress(OSError):  # that the disk is full has been said
+                self.checkpoints.close()
 
     def close(self, began: float) -> Result:
         """Scores, baselines, sample, plot: everything after the last step."""
@@ -187,10 +231,12 @@ class _Run:
         score = self.score if self.score and finished else {}
         if finished and not score:  # resumed after the last step
             score = self.trainer.evaluate(self.state, self.task.validation_batches())
-        baselines = self.task.baselines() if finished else {}
-        sample = self.task.closing(self.trainer.model(self.state.params, self.state.rest)) if finished else ("", "")
+        model = self.trainer.model(self.state.params, self.state.rest) if finished else None
+        shown = finished and self.first
+        baselines = self.task.baselines() if shown else {}
+        sample = self.task.closing(model) if shown and model is not None else ("", "")
         self.metrics.flush()
-        if finished:
+        if shown:
             self._plot(baselines)
         result = Result(
             folder=self.folder,
@@ -203,7 +249,7 @@ class _Run:
             seconds=time.monotonic() - began,
             sample=sample,
         )
-        if finished:
+        if shown:
             write_atomically(self.folder / "result.json", json.dumps(result.as_json(), indent=1) + "\n")
         return result
 
@@ -220,7 +266,7 @@ class _Run:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Within it, Ctrl-C and a request to end (SIGTERM) are remembered; a second one ends the process.
 

@@ -36,6 +36,22 @@ class Metrics:
         self._events.close()
 
 
+class NoMetrics(Metrics):
+    """For the processes that leave writing to another."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a killed run left unfinished is dropped."""
     if not path.is_file():

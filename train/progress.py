@@ -8,6 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from train import processes
 from train.config import Config
 from train.sharding import describe
 
@@ -20,10 +21,14 @@ def print_header(console: Console, config: Config, folder: Path) -> None:
     console.print(
         f"[bold]{config.task}[/] on {config.data.name}: {model.num_layers} layers of {config.mixer}{arguments}, "
         f"width {model.dim}, {model.num_heads} heads; {config.steps} steps of {config.batch}; "
-        f"mesh {describe(config.mesh)}; seed {config.seed}\nwriting to {folder}",
+        f"mesh {describe(config.mesh)}{_spread()}; seed {config.seed}\nwriting to {folder}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _spread() -> str:
+    return f" on {processes.count()} processes" if processes.count() > 1 else ""
 
 
 class RunDisplay:

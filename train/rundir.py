@@ -14,6 +14,7 @@ from train.metrics import write_atomically
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ def open_run(folder: Path) -> About:
         raise ValueError(f"--resume: {path} cannot be read ({error})") from error
 
 
+def check_seen(folder: Path) -> None:
+    """Raises ValueError when this process does not see the run's folder that the first one claimed."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"--out: {folder} is not seen here; it must lie on a file system that all processes share")
+
+
 def free_folder(name: str) -> Path:
     """The first of runs/NAME, runs/NAME-2, ... that holds nothing."""
     root, count = Path("runs"), 1
@@ -92,19 +99,26 @@ def free_folder(name: str) -> Path:
 
 
 def find_checkpoint(path: Path) -> tuple[Checkpoints, int]:
-    """The newest checkpoint of a run's folder, or the one of `RUN/checkpoints/STEP`.
+    """The newest checkpoint of a run's folder, the one of `RUN/checkpoints/STEP`, or the best: `RUN/checkpoints/best`.
 
     Raises ValueError when there is none.
     """
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        folder, step = path.parent, int(path.name)
-    else:
-        folder, step = path / CHECKPOINTS, None
+    named = path.parent.name == CHECKPOINTS and (path.name.isdigit() or path.name == BEST)
+    folder, wanted = (path.parent, path.name) if named else (path / CHECKPOINTS, None)
     if not folder.is_dir():
         raise ValueError(f"--checkpoint: there is no run in {path}; give the folder that `attnzoo train` wrote")
     checkpoints = Checkpoints(folder)
     steps = checkpoints.steps()
-    if not steps or (step is not None and step not in steps):
-        wanted = "no finished checkpoint" if step is None else f"no finished checkpoint of step {step}"
-        raise ValueError(f"--checkpoint: {wanted} in {folder}; it has {', '.join(map(str, steps)) or 'none'}")
-    return checkpoints, steps[-1] if step is None else step
+    if wanted == BEST:
+        best = checkpoints.best()
+        step = None if best is None else best[0]
+    elif wanted is not None:
+        step = int(wanted) if int(wanted) in steps else None
+    else:
+        step = steps[-1] if steps else None
+    if step is None:
+        which = {None: "no finished checkpoint", BEST: "no checkpoint with a validation score"}.get(
+            wanted, f"no finished checkpoint of step {wanted}"
+        )
+        raise ValueError(f"--checkpoint: {which} in {folder}; it has {', '.join(map(str, steps)) or 'none'}")
+    return checkpoints, step

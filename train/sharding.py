@@ -32,17 +32,18 @@ RULES: dict[str | None, str | None] = {
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh (data, fsdp, tensor, context).
 
-    Raises ValueError when the product of its sides is neither the number of devices nor 1, which takes the
-    first device.
+    Raises ValueError when the product of its sides is neither the number of devices nor, in a single process, 1, which
+    takes the first device.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
     devices = jax.devices()
     count = math.prod(shape)
-    if count not in (1, len(devices)):
+    single = 1 if jax.process_count() == 1 else len(devices)
+    if count not in (single, len(devices)):
         raise ValueError(
             f"--mesh: {' x '.join(f'{axis}={size}' for axis, size in zip(AXES, shape, strict=True))} needs "
-            f"{count} devices, and there are {len(devices)}; the product must be {len(devices)}, or 1 for a "
-            f"single device"
+            f"{count} devices, and there are {len(devices)}; the product must be {len(devices)}"
+            + (", or 1 for a single device" if single == 1 else f", the devices of all {jax.process_count()} processes")
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 

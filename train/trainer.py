@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from attnzoo.nn.linear import axis_names
@@ -88,9 +88,10 @@ class Trainer:
         self.abstract: TrainState = jax.eval_shape(self._init)
         self.shardings: TrainState = shardings(self.abstract, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
-        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self._whole = NamedSharding(mesh, PartitionSpec())  # metrics: every process has them
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._whole))
         self.train_step = one_at_a_time(step, mesh)
-        self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate), mesh)
+        self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate, out_shardings=self._whole), mesh)
 
     def init(self, seed: int | None = None) -> TrainState:
         """The state before the first step, created in place on the mesh. seed: instead of the configuration's."""
@@ -108,8 +109,12 @@ class Trainer:
         return self.task.score(totals)
 
     def model(self, params: nnx.State, rest: nnx.State) -> nnx.Module:
-        """The model in evaluation mode, with parameters gathered on one device."""
-        params, rest = jax.device_put((params, rest), self.mesh.devices.flat[0])
+        """The model in evaluation mode, with parameters gathered on one device of this process."""
+        if jax.process_count() > 1:  # each device gets all, and each process keeps what one of its own has
+            gathered = jax.jit(lambda tree: tree, out_shardings=self._whole)((params, rest))
+            params, rest = jax.tree.map(lambda array: array.addressable_data(0), gathered)
+        else:
+            params, rest = jax.device_put((params, rest), self.mesh.devices.flat[0])
         model = nnx.merge(self.graphdef, params, rest, copy=True)
         model.eval()
         return model

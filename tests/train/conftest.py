@@ -42,7 +42,7 @@ def tiny() -> Config:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def line():
     """The command line of a tiny run, as words, with further options."""
     return lambda text="": [*TINY.split(), *text.split()]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,28 @@ def test_a_truncated_checkpoint_says_what_is_left(copied, attnzoo):
     shutil.rmtree(copied / CHECKPOINTS / "10")
     code, _, err = attnzoo("train", "--resume", str(copied))
     assert code == 0, err
+
+
+def test_a_truncated_checkpoint_leaves_no_errors_behind(finished, tmp_path):
+    """Nothing but the paragraph comes to stderr, neither at once nor when the garbage collector runs."""
+    runs = []
+    for item in ("model", "optimizer"):
+        for left in (0, 100):
+            runs.append(Path(shutil.copytree(finished, tmp_path / f"{item}-{left}")))
+            files = [p for p in (runs[-1] / CHECKPOINTS / "10" / item / "d").iterdir() if p.is_file()]
+            for path in files:
+                path.write_bytes(path.read_bytes()[:left])
+    script = (
+        "import gc, sys\n"
+        "from attnzoo.cli import main\n"
+        "gc.disable()\n"
+        "for run in sys.argv[1:]:\n"
+        "    assert main(['train', '--resume', run]) == 2\n"
+        "    gc.collect()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, runs)], capture_output=True, text=True, check=True)
+    said = [line.partition(" cannot be read")[0] for line in done.stderr.splitlines()]
+    assert said == [f"attnzoo: checkpoint {run / CHECKPOINTS / '10'}" for run in runs]
 
 
 def test_a_truncated_description(copied, refused):

@@ -1,5 +1,6 @@
 """A run that is broken off and resumed is, bit for bit, the run that was not."""
 
+import contextlib
 import json
 import random
 import signal
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from train.checkpoint import Checkpoints
 from train.cli import parse_train
 from train.config import MeshConfig
 from train.loop import train
@@ -55,15 +57,17 @@ def newest(folder: Path) -> int:
     return max(steps, default=-1)
 
 
-def kill_after_progress(process, folder: Path, delay: float) -> None:
-    """kill -9, `delay` seconds after a checkpoint newer than those that are there."""
-    before, deadline = newest(folder), time.monotonic() + 300
-    while newest(folder) <= before and process.poll() is None:
+def progress(folder: Path):
+    """Asks whether there is a checkpoint newer than those that are there now."""
+    before = newest(folder)
+    return lambda: newest(folder) > before
+
+
+def wait_for(condition, process) -> None:
+    deadline = time.monotonic() + 300
+    while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.kill()
-    process.wait()
+        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -75,29 +79,76 @@ def uninterrupted(line, tmp_path) -> Path:
 
 def test_resume_after_kill(line, spawn, uninterrupted, tmp_path, attnzoo):
     folder = tmp_path / "killed"
-    kill_after_progress(spawn("train", *line(LONG), "--out", str(folder)), folder, random.uniform(0, 0.1))
+    process = spawn("train", *line(LONG), "--out", str(folder))
+    wait_for(progress(folder), process)
+    time.sleep(random.uniform(0, 0.1))
+    process.kill()
+    process.wait()
     assert newest(folder) < 60
     code, _, err = attnzoo("train", "--resume", str(folder))
     assert code == 0, err
     assert_same(uninterrupted, folder)
 
 
+def unfinished(folder: Path) -> set[tuple]:
+    """The saves that are in progress, or were when a process was killed."""
+    found = set()
+    for path in (folder / CHECKPOINTS).glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError):  # it was just finished
+            if not path.name.isdigit():
+                found.add((path.name, path.stat().st_ino, path.stat().st_ctime_ns))
+    return found
+
+
+def readable(folder: Path) -> list[int]:
+    """The steps of all checkpoints, after each was read from end to end."""
+    config = open_run(folder).config
+    task = make_task(config)
+    trainer = Trainer(task, config, make_mesh(MeshConfig()))
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    for step in checkpoints.steps():
+        data = iter(task.batches())
+        state = checkpoints.restore(step, trainer.abstract, trainer.shardings, data)
+        assert int(state.step) == data.get_state()["next_index"] == step
+        assert checkpoints.about(step)["config"]["steps"] == config.steps
+    checkpoints.close()
+    return checkpoints.steps()
+
+
 @pytest.mark.slow
-def test_resume_after_many_kills(line, spawn, uninterrupted, tmp_path):
-    folder = tmp_path / "killed"
+def test_resume_after_many_kills(line, spawn, tmp_path):
+    """Twenty kills at random moments: nothing finished is lost, all that is there can be read, and the end is the same."""
+    every, options = 5, "--steps 1500 --checkpoint.every 5 --model.dropout-rate 0.1"
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    train(parse_train(line(options)).config, whole)
     rolls = random.Random(5)
-    for number in range(12):
-        words = ("--resume", str(folder)) if (folder / "config.json").exists() else (*line(LONG), "--out", str(folder))
+    saves, lost = 0, []
+    for number in range(20):
+        words = ("--resume", str(folder)) if (folder / "config.json").exists() else (*line(options), "--out", str(folder))
+        left = unfinished(folder)
         process = spawn("train", *words)
-        if number % 2:
-            kill_after_progress(process, folder, rolls.uniform(0, 0.2))
-        else:  # anywhere: while importing, preparing data, compiling, training
-            time.sleep(rolls.uniform(0, 12))
-            process.kill()
-            process.wait()
+        kind = number % 3
+        if kind == 0:  # anywhere: while importing, preparing data, compiling, training
+            time.sleep(rolls.uniform(0, 10))
+        else:
+            wait_for(progress(folder) if kind == 1 else lambda: unfinished(folder) - left, process)  # noqa: B023
+            time.sleep(rolls.uniform(0, 0.2 if kind == 1 else 0.03))
+        before = newest(folder)
+        process.kill()
+        process.wait()
+        saves += bool(unfinished(folder) - left)
+        if newest(folder) < 0:
+            continue
+        assert newest(folder) >= before
+        assert readable(folder)[-1] == newest(folder)
+        lost.append(max((step for (_, step), *_ in losses(folder)), default=0) - newest(folder))
+    print(f"{saves} kills during a save, steps lost: {lost}")
+    assert saves >= 5
+    assert max(lost) <= 2 * every  # a save goes on behind the steps that follow it, and the next one waits for it
     process = spawn("train", "--resume", str(folder))
     assert process.wait(timeout=600) == 0
-    assert_same(uninterrupted, folder)
+    assert_same(whole, folder)
+    assert not unfinished(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
