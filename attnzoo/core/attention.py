@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnzoo.core.backends import BACKENDS
+from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.request import Request, make_request
 from attnzoo.core.weights import Mixture, Weights, softmax
@@ -90,20 +91,44 @@ def _run(request: Request, backend: str) -> Any:
         if not request.weights.reads_logits and request.score is None:
             # Any finite logits do. (Zeros would do too, but compilers multiply constants out while they compile.)
             request = dataclasses.replace(request, q=request.q[..., :1], k=request.k[..., :1])
+            if _rows_are_alike(request):
+                one = dataclasses.replace(request.geometry, queries=1, q_positions=None)
+                row = _run(dataclasses.replace(request, q=request.q[:, :1], geometry=one), backend)
+                return _repeated(row, request.geometry.queries)
         name, _ = _choose(request, backend)
         return BACKENDS[name].run(request)
     if request.return_lse:
         raise ValueError(f"return_lse: {request.weights} has no log-sum-exp; leave it out, or use softmax weights")
-    parts = []
-    for coefficient, weights in request.weights.parts():
-        part = _run(dataclasses.replace(request, weights=weights), backend)
+    parts, heads, given = [], request.geometry.heads, request.weights.parts()
+    # What is known to count for nothing is not computed.
+    for coefficient, weights in [part for part in given if not _is_zero(part[0])] or given[:1]:
         c = jnp.asarray(coefficient, jnp.float32)
+        if c.shape not in ((), (heads,)):
+            raise ValueError(
+                f"weights: {request.weights} mixes by {c.shape} numbers; give one, or one for each of {heads} heads"
+            )
+        part = _run(dataclasses.replace(request, weights=weights), backend)
         parts.append(part._replace(
             out=part.out * c.reshape(-1, 1),
             lse=None,
             weights=None if part.weights is None else part.weights * c.reshape(-1, 1, 1),
         ))  # fmt: skip
     return jax.tree.map(lambda *xs: sum(xs), *parts)
+
+
+def _rows_are_alike(r: Request) -> bool:
+    """Whether all rows of weights that depend on what is visible alone are the same: one of several will do."""
+    return r.geometry.queries > 1 and r.mask is None and r.dropout is None and r.geometry.kv_positions is None
+
+
+def _repeated(row: Result, queries: int) -> Result:
+    """One row of results for each of so many queries."""
+    out, lse, weights = (None if x is None else jnp.repeat(x, queries, axis) for x, axis in zip(row, (1, 2, 2), strict=True))
+    return Result(out, lse, weights)
+
+
+def _is_zero(coefficient: Any) -> bool:
+    return isinstance(coefficient, int | float) and coefficient == 0
 
 
 def _choose(r: Request, backend: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnzoo.core.cells import Bound, Geometry
+from attnzoo.core.cells import Bound, Geometry, concrete
 from attnzoo.core.masks.base import mask as pytree
 from attnzoo.core.scores import Bias, Score
 
@@ -174,13 +174,24 @@ class Mixture(Weights):
         raise NotImplementedError
 
 
+def check_gamma(gamma: Any) -> None:
+    """Raises ValueError unless a share ``gamma`` is a number or one per head, ``[N]``, and, where known, in [0, 1]."""
+    known = concrete(gamma)
+    if jnp.ndim(gamma) > 1 or (known is not None and not ((known >= 0) & (known <= 1)).all()):
+        raise ValueError(f"gamma: must be in [0, 1], a number or one per head [N], got {gamma}")
+
+
 @pytree(leaves=("gamma",))
 class Relaxed(Mixture):
-    """Relaxed attention (Lohrenz et al., 2022, arXiv 2209.09735): ``(1 - gamma) softmax(s) + gamma / (visible keys)``."""
+    """Relaxed attention (Lohrenz et al., 2022, arXiv 2209.09735): ``(1 - gamma) softmax(s) + gamma / (visible keys)``.
+
+    Raises ValueError, when it is used, for a gamma outside [0, 1] or of another shape than ``[]`` or ``[N]``.
+    """
 
     gamma: float | Float[Array, " N"] = 0.1
 
     def parts(self) -> tuple[tuple[Any, Weights], ...]:
+        check_gamma(self.gamma)
         return (1 - self.gamma, softmax), (self.gamma, Uniform())
 
     def __repr__(self) -> str:

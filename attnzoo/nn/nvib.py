@@ -15,7 +15,11 @@ from jax.scipy.special import digamma, gammaln, logsumexp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from attnzoo.core.cells import concrete
 from attnzoo.nn.linear import named
+
+LARGE = 5.0
+"""log alpha above which a gamma variable is drawn by the cube of a normal one, whose derivative is exact."""
 
 
 class Components(NamedTuple):
@@ -38,15 +42,22 @@ class Prior(NamedTuple):
 def nv_empirical_prior(x: Float[Array, "*B P"], head_dim: int, where: Bool[Array, "*B"] | None = None) -> Prior:
     """The prior of an attention layer from the vectors that it is given: moments of x, and of |x|² / (2 sqrt(d)).
 
-    where: True at real tokens.
+    where: True at real tokens. Variances are at least the float type's epsilon times their mean, so that features that do not
+    vary have a logarithm too.
+
+    Raises ValueError when no token is real, where that is known.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     where = jnp.ones(x.shape[:-1], bool) if where is None else where
+    known = concrete(where)
+    if known is not None and not known.any():
+        raise ValueError(f"where: at least one of the {known.size} tokens of x {x.shape} must be real, all are False")
     tokens = tuple(range(x.ndim - 1))
     size = (x**2).sum(-1) / (2 * math.sqrt(head_dim))
+    var, least = x.var(tokens, where=where[..., None]), jnp.finfo(x.dtype)
     return Prior(
         x.mean(tokens, where=where[..., None]),
-        x.var(tokens, where=where[..., None]),
+        jnp.maximum(var, least.eps * var.mean() + least.tiny),
         size.mean(where=where),
         size.std(where=where),
     )
@@ -119,19 +130,17 @@ class NVIBLayer(nnx.Module):
             x**2 @ self.w_2[...] + x @ self.w_1[...] + self.b_a[...],
         )
 
-    def with_prior(self, tokens: Components) -> Components:
-        """The prior in front of the tokens."""
+    def first(self, batch: int) -> Components:
+        """The prior as a component of every row (L = 1), in float32 or wider."""
         p = self.prior
-        first = Components(p.mu, jnp.log(p.var), p.log_alpha)
-        return Components(
-            *(
-                jnp.concatenate([jnp.broadcast_to(a, (b.shape[0], 1, *b.shape[2:])).astype(b.dtype), b], 1)
-                for a, b in zip(first, tokens, strict=True)
-            )
-        )
+        wide = jnp.promote_types(p.mu.dtype, jnp.float32)
+        leaves = (leaf.astype(wide) for leaf in (p.mu, p.var, p.log_alpha))
+        mu, var, log_alpha = (jnp.broadcast_to(leaf, (batch, 1, *leaf.shape)) for leaf in leaves)
+        return Components(mu, jnp.log(var), log_alpha)
 
     def __call__(self, x: Float[Array, "B S P"]) -> Components:
-        return self.with_prior(self.tokens(x))
+        pairs = zip(self.first(x.shape[0]), self.tokens(x), strict=True)
+        return Components(*(jnp.concatenate([a.astype(b.dtype), b], 1) for a, b in pairs))
 
 
 def sample_components(
@@ -140,15 +149,28 @@ def sample_components(
     """(z, log pi): kappa samples of every component, and their shares, which sum to 1 over both.
 
     rho ~ Dirichlet(alpha) over components, shared out among the samples of each by Dirichlet(alpha / kappa); differentiable
-    by implicit reparameterisation. Components that are masked later leave the others' shares in proportion.
+    by reparameterisation, whatever the size of alpha. Components that are masked later leave the others' shares in proportion.
     """
     of_z, of_rho, of_share = jax.random.split(key, 3)
     mu, logvar, log_alpha = components
     z = mu + jnp.exp(logvar / 2) * jax.random.normal(of_z, (kappa, *mu.shape), mu.dtype)
-    alpha = jnp.exp(jnp.minimum(log_alpha, 80))  # below float32's largest
-    log_rho = jax.nn.log_softmax(jax.random.loggamma(of_rho, alpha))
-    share = jax.random.loggamma(of_share, jnp.broadcast_to(alpha / kappa, (kappa, *alpha.shape)))
+    log_rho = jax.nn.log_softmax(_log_gamma(of_rho, log_alpha))
+    share = _log_gamma(of_share, jnp.broadcast_to(log_alpha - math.log(kappa), (kappa, *log_alpha.shape)))
     return z, log_rho + jax.nn.log_softmax(share, axis=0)
+
+
+def _log_gamma(key: Array, log_alpha: Array) -> Array:
+    """The logarithm of a Gamma(alpha) variable for each log alpha.
+
+    Large ones by Wilson and Hilferty's cube: alpha (1 - 1 / (9 alpha) + eps / (3 sqrt(alpha)))³ with eps ~ N(0, 1). There the
+    implicit derivative of the exact variable is a long series in float32, and alpha itself may be beyond its range.
+    """
+    of_small, of_large = jax.random.split(key)
+    large = log_alpha > LARGE
+    small = jax.random.loggamma(of_small, jnp.exp(jnp.where(large, 0, log_alpha)))
+    spread = jnp.exp(-jnp.maximum(log_alpha, LARGE) / 2)  # of log G, nearly
+    eps = jax.random.normal(of_large, log_alpha.shape, log_alpha.dtype)
+    return jnp.where(large, log_alpha + 3 * jnp.log1p(eps * spread / 3 - spread**2 / 9), small)
 
 
 def nvib_kl_gaussian(

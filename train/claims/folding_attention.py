@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,7 +23,7 @@ from attnzoo.nn.linear import linear, parameter_count
 from attnzoo.nn.norms import norm
 from attnzoo.zoo.projections.folding_attention import FoldedBlock
 from train.claims import ClaimResult
-from train.claims.common import fit
+from train.claims.common import digit_rows, fit, label_loss
 
 TRAIN, ROWS = 1200, 8
 METHODS: dict[str, dict[str, int]] = {
@@ -58,23 +57,14 @@ class RowEncoder(nnx.Module):
         return sum(map(parameter_count, parts)) - bias, bias
 
 
-def loss(model: nnx.Module, batch: tuple[Array, Array]) -> Float[Array, ""]:
-    images, labels = batch
-    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()  # type: ignore[operator]
-
-
 def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
     """quick: a few steps, to see that it runs."""
-    from sklearn.datasets import load_digits
-
     start = time.perf_counter()
     steps = 8 if quick else 600
-    digits = load_digits()
     values: dict[str, list[float]] = {name: [] for name in METHODS}
     numbers: dict[str, Any] = {}
     for seed in seeds:
-        order = np.random.default_rng(seed).permutation(len(digits.target))
-        images, labels = jnp.asarray(digits.images[order] / 16, jnp.float32), jnp.asarray(digits.target[order])
+        images, labels = (jnp.asarray(x) for x in digit_rows(seed))
 
         def batch(key: Array, images: Array = images, labels: Array = labels) -> tuple[Array, Array]:
             at = jax.random.randint(key, (64,), 0, TRAIN)
@@ -82,7 +72,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
 
         for name, options in METHODS.items():
             model = RowEncoder(seed, **options)
-            fit(model, loss, batch, steps=steps, seed=seed)
+            fit(model, label_loss, batch, steps=steps, seed=seed)
             found = nnx.jit(lambda model, images: model(images))(model, images[TRAIN:]).argmax(-1)
             values[name].append(round(float((found == labels[TRAIN:]).mean()), 4))
             numbers[name] = model.block_numbers()

@@ -1,9 +1,14 @@
 """The claim of Ioannides et al. 2024: Gaussians learn where, away from the mean, the informative features are.
 
 x in R^32 is N(0, 1) but for x[y] += 2.5, with y one of 4 classes. A linear classifier on x + 32 x m(x) (one head of 2
-Gaussians, delta from 0 and c from 1) is trained with it: 512 samples, 300 full-batch steps of Adam at 2e-2, falling to 0.
+Gaussians, delta from -0.01 and 0.01, c from 1) is trained with it: 512 samples, 300 full-batch steps of Adam at 2e-2, falling
+to 0.
 The raised feature lies far from the mean, so at first it gets less weight than the others. Measured: its weight before and
 after training, the loss on the training samples, and the accuracy on 2000 others; against the classifier on x alone.
+
+From a seventh of the others' mean weight it comes to 1 to 5 percent above it, no more: what training does is to undo the
+preference for the mean (both offsets go to about 1.2, both scales above 3). The training loss falls with every seed; the test
+accuracy is lower with every seed, by 1.6, 2.2 and 1.0 points.
 
 The classifier starts from zero. That matters: from random weights of a standard deviation of 0.1 or more, training finds
 the opposite, offsets below the mean, and the raised feature keeps its little weight.
@@ -42,7 +47,8 @@ class Classifier(nnx.Module):
         self.attention: Any = nnx.data(None)
         if attentive:
             self.attention = GaussianAdaptiveAttention(2, rngs=rngs)
-            self.attention.c[...] = jnp.ones(2)
+            # From the same delta they would stay the same, and be one.
+            self.attention.delta[...], self.attention.c[...] = jnp.array([-0.01, 0.01]), jnp.ones(2)
         zeros = nnx.initializers.zeros
         self.out = linear(FEATURES, CLASSES, (None, None), use_bias=True, kernel_init=zeros, rngs=rngs)
 
@@ -88,7 +94,10 @@ def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
     near = np.abs(np.subtract(accuracy["attentive"], accuracy["x"])) <= 0.025
     return ClaimResult(
         key="gaam",
-        claim="Gaussians with learned offsets come to weight the informative feature, which lies far from the mean, most",
+        claim=(
+            "Gaussians with learned offsets come to weight the informative feature, which lies far from the mean, above the "
+            "mean of the others"
+        ),
         metric="mean weight",
         seeds=seeds,
         values=values,

@@ -10,7 +10,9 @@ Tokens are normalised before attention, so their lengths differ little and sd_p 
 above the 10 or so that does for tokens of many lengths.
 
 The identity holds to the last prediction. That more weight on the prior, or more variance, helps with noise was not found:
-on validation images accuracy falls slowly with both, and the best choice is the identity or next to it.
+on validation images accuracy falls slowly with both. The choice is the identity with seeds 0 and 1; with seed 2 it is
+(20, 0.25), which loses 0.9 points on the noisy test images and 1.8 on those without noise. tau_mu is 1 throughout, so moving
+the means towards the prior's was not tried.
 """
 
 import dataclasses
@@ -55,6 +57,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
     steps = 8 if quick else 400
     values: dict[str, list[float]] = {"Transformer": [], "identity": [], "chosen": []}
     changed, chosen, validation, spread = [], [], [], []
+    clean: dict[str, list[float]] = {"Transformer": [], "chosen": []}
     for seed in seeds:
         images, labels = (jnp.asarray(x) for x in digit_rows(seed))
 
@@ -86,11 +89,14 @@ def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
         chosen.append(best)
         validation.append({str(pair): round(score, 4) for pair, score in scores.items()})
         values["Transformer"].append(accuracy(model, TEST, for_test))
+        clean["Transformer"].append(accuracy(model, TEST, images[TEST]))
         for name, (tau_alpha, tau_sigma) in (("identity", IDENTITY), ("chosen", best)):
             nnx.update(denoiser, nv_reinterpret(params, priors, tau_alpha=tau_alpha, tau_sigma=tau_sigma))
             values[name].append(accuracy(denoiser, TEST, for_test))
             if name == "identity":
                 changed.append(int((predictions(denoiser, images) != predictions(model, images)).sum()))
+            else:
+                clean[name].append(accuracy(denoiser, TEST, images[TEST]))
     gains = np.subtract(values["chosen"], values["identity"])
     return ClaimResult(
         key="nvib_attention",
@@ -112,6 +118,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
             "clean predictions changed by the identity": changed,
             "gain of the chosen setting over the identity": gains.round(4).tolist(),
             "chosen (tau_alpha, tau_sigma)": chosen,
+            "accuracy on test images without noise": clean,
             "sd_p of the layers": spread,
             "validation accuracy": validation,
         },

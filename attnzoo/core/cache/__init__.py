@@ -28,7 +28,7 @@ Layout: projections make tokens-major [B, T, K, ·], caches hold heads-major (B,
 the token and sets `cache.overflow`.
 """
 
-from attnzoo.core.cache.attend import cached_attention, cached_weights, read_kv
+from attnzoo.core.cache.attend import cached_attention, cached_weights, read_kv, weigh_slots
 from attnzoo.core.cache.decode import decode_step, prefill_compress
 from attnzoo.core.cache.layer import EMPTY, LayerCache, append, cache_bytes, init_cache
 from attnzoo.core.cache.paged import PagedCache, init_paged_cache
@@ -79,5 +79,6 @@ __all__ = [
     "prefill_compress",
     "read_kv",
     "topk_keep",
+    "weigh_slots",
     "window_weights",
 ]

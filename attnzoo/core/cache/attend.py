@@ -20,6 +20,12 @@ def read_kv(payload: PyTree) -> tuple[Float[Array, "B K S H"], Float[Array, "B K
     return payload["k"], payload["v"]
 
 
+def weigh_slots(pos: Int[Array, "B K S"], w: Float[Array, "B K S"]) -> tuple[Float[Array, "B K S"], Int[Array, "B K S"]]:
+    """(log w, positions) of the slots of a weighted cache: what their logits gain, slots of weight 0 being made empty."""
+    some = w > 0
+    return jnp.log(jnp.where(some, w, 1.0)), jnp.where(some, pos, EMPTY)
+
+
 def cached_attention(
     q: Float[Array, "B T N H"],
     cache: Any,
@@ -66,9 +72,8 @@ def cached_attention(
         q_positions = jnp.broadcast_to(view.seen[:, None] - 1, (batch, length))
     bias = None
     if view.weighted:
-        counted = jnp.where(w > 0, w, 1.0)  # empty slots are hidden by their position, and log 0 is avoided
-        pos = jnp.where(w > 0, pos, EMPTY)
-        bias = jnp.repeat(jnp.log(counted), heads // k.shape[1], axis=1)[:, :, None, :]  # [B, N, 1, S]
+        log_w, pos = weigh_slots(pos, w)
+        bias = jnp.repeat(log_w, heads // k.shape[1], axis=1)[:, :, None, :]  # [B, N, 1, S]
     return attention(
         q,
         jnp.swapaxes(k, 1, 2),

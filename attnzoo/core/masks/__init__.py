@@ -7,6 +7,7 @@ Causal() & SlidingWindow(4096) | Prefix(512)
 
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.masks.base import And, Mask, Not, Or, mask
+from attnzoo.core.masks.folded import Folded
 from attnzoo.core.masks.function import Function
 from attnzoo.core.masks.grid import Neighborhood
 from attnzoo.core.masks.hubs import HubSegmentMask
@@ -21,6 +22,7 @@ __all__ = [
     "Blocks",
     "Causal",
     "Dilated",
+    "Folded",
     "Function",
     "HubSegmentMask",
     "Lengths",

@@ -30,7 +30,7 @@ The equations follow the authors' package `gaussian-adaptive-attention`; the imp
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -62,16 +62,21 @@ def gaussian_weights(
 
     where: True at what is not padding; broadcasts to u. Padding enters mean and variance as zeros, counts in n, and has
         weights by its value, as in the authors' code. exact_padding: it takes no part instead and has weight 0.
+    c: only its square counts; with mode="log", one below the float type's epsilon counts as that.
 
-    Raises ValueError for fewer than two elements along the axis, which have no variance, and an unknown mode.
+    Raises ValueError for fewer than two elements along the axis, which have no variance, for delta, c and where that do not
+    fit, and an unknown mode; TypeError unless u is floating-point.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
-    n = u.shape[axis]
+    n = _floating("u", u).shape[axis]
     if n < 2:
         raise ValueError(f"u: a variance needs at least 2 elements along axis {axis}, got shape {u.shape}")
     u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
-    real = None if where is None else jnp.broadcast_to(where, u.shape)
+    delta, c = (jnp.asarray(p, u.dtype) for p in (delta, c))
+    if delta.ndim != 1 or delta.shape != c.shape:
+        raise ValueError(f"delta and c: one of each for every Gaussian are needed, [M], got {delta.shape} and {c.shape}")
+    real = None if where is None else _fitting(where, "u", u)
     if real is not None and exact_padding:
         count = real.sum(axis, keepdims=True)
         mu = jnp.where(real, u, 0).sum(axis, keepdims=True) / jnp.maximum(count, 1)
@@ -80,9 +85,9 @@ def gaussian_weights(
         known = u if real is None else jnp.where(real, u, 0)
         mu, var = known.mean(axis, keepdims=True), known.var(axis, ddof=1, keepdims=True) + eps
     counted = real if exact_padding else None
-    delta, c, sigma = jnp.asarray(delta), jnp.asarray(c), jnp.sqrt(var)
+    sigma = jnp.sqrt(var)
     if mode == "log":
-        precision = 1 / (2 * c**2)
+        precision = 1 / (2 * jnp.maximum(c**2, jnp.finfo(u.dtype).eps ** 2))
         z = (u - mu) / sigma
         s = -precision.sum() * z**2 + 2 * (precision * delta).sum() * z / sigma
         # A chunk that is all padding has no weights, and softmax would make NaN of them.
@@ -100,10 +105,12 @@ class GaussianAdaptiveAttention(nnx.Module):
     """One head, over the whole of `axis`: x of rank 2 or more -> u · m of the same shape.
 
     num_gaussians: M. delta starts at 0, c at exp(N(0, 1)).
-    axis: attended over. padding_value: elements equal to it are padding and pass through unchanged; None: there is none.
+    axis: attended over. padding_value: elements equal to it are padding, unless the call says by `where` (bool, broadcasts to
+        x, True at what is not) which are; None: there is none. Padding passes through unchanged.
     exact_padding, mode, eps: as in `gaussian_weights`.
 
-    Raises ValueError for fewer than one Gaussian, an axis that x does not have, and fewer than 2 elements along it.
+    Raises ValueError for fewer than one Gaussian, an axis that x does not have, fewer than 2 elements along it, and a `where`
+    that does not fit; TypeError unless x is floating-point.
     """
 
     def __init__(
@@ -122,32 +129,26 @@ class GaussianAdaptiveAttention(nnx.Module):
             raise ValueError(f"num_gaussians: must be at least 1, got {num_gaussians}")
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
-        if exact_padding and padding_value is None:
-            raise ValueError("exact_padding: needs a padding_value, which says what is padding")
         self.axis, self.padding_value = axis, padding_value
         self.exact_padding, self.mode, self.eps = exact_padding, mode, eps
         self.delta = nnx.Param(jnp.zeros(num_gaussians, param_dtype), **named(None))
         self.c = nnx.Param(jnp.exp(jax.random.normal(rngs.params(), (num_gaussians,), param_dtype)), **named(None))
 
-    def _real(self, x: Array) -> Bool[Array, "..."] | None:
-        return None if self.padding_value is None else x != self.padding_value
-
-    def weights(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def weights(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
         """m, in float32 or wider and in the shape of x."""
         return gaussian_weights(
             x,
             self.delta[...],
             self.c[...],
             axis=_checked_axis(x, self.axis),
-            where=self._real(x),
+            where=_real(x, where, self.padding_value),
             exact_padding=self.exact_padding,
             mode=self.mode,
             eps=self.eps,
         )
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y, real = (x * self.weights(x)).astype(x.dtype), self._real(x)
-        return y if real is None else jnp.where(real, y, x)
+    def __call__(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+        return _at_real(_real(x, where, self.padding_value), (x * self.weights(x, where)).astype(x.dtype), x)
 
 
 class MultiHeadGaussianAdaptiveAttention(nnx.Module):
@@ -167,7 +168,8 @@ class MultiHeadGaussianAdaptiveAttention(nnx.Module):
             [GaussianAdaptiveAttention(num_gaussians, axis=axis, rngs=rngs, **options) for _ in range(num_heads)]
         )
 
-    def _chunks(self, x: Array) -> list[Array]:
+    def _chunks(self, x: Array, where: Array | None) -> list[tuple[Array, Array | None]]:
+        """(chunk, where) of every head."""
         axis, count = _checked_axis(x, self.axis), len(self.heads)
         size = x.shape[axis] // count
         if size < 2:
@@ -175,23 +177,28 @@ class MultiHeadGaussianAdaptiveAttention(nnx.Module):
                 f"x: {count} heads share the {x.shape[axis]} elements of axis {self.axis} of {x.shape}, and each needs at "
                 f"least 2; give at most {max(x.shape[axis] // 2, 1)} heads, or an axis of {2 * count} or more elements"
             )
-        return jnp.split(x, [size * i for i in range(1, count)], axis)
+        cuts = [size * i for i in range(1, count)]
+        real = [None] * count if where is None else jnp.split(_fitting(where, "x", x), cuts, axis)
+        return list(zip(jnp.split(x, cuts, axis), real, strict=True))
 
-    def weights(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def weights(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
         """m of every head on its chunk; they sum to N along the axis."""
-        return jnp.concatenate([head.weights(u) for head, u in zip(self.heads, self._chunks(x), strict=True)], self.axis)
+        pairs = zip(self.heads, self._chunks(x, where), strict=True)
+        return jnp.concatenate([head.weights(*part) for head, part in pairs], self.axis)
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.concatenate([head(u) for head, u in zip(self.heads, self._chunks(x), strict=True)], self.axis)
+    def __call__(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+        pairs = zip(self.heads, self._chunks(x, where), strict=True)
+        return jnp.concatenate([head(*part) for head, part in pairs], self.axis)
 
 
 class GaussianBlock(nnx.Module):
     """x <- layer(x) + x through L layers; the shape stays.
 
     num_layers: L. axes, num_heads, num_gaussians: one number for all layers, or one per layer.
-    options: as in `GaussianAdaptiveAttention`.
+    padding_value, options: as in `GaussianAdaptiveAttention`. What is padding in the input is padding in every layer, and
+        comes out as it was.
 
-    Raises ValueError for sequences that have not one entry per layer.
+    Raises ValueError for fewer than one layer, and sequences that have not one entry per layer.
     """
 
     def __init__(
@@ -201,9 +208,13 @@ class GaussianBlock(nnx.Module):
         axes: int | Sequence[int] = -1,
         num_heads: int | Sequence[int] = 4,
         num_gaussians: int | Sequence[int] = 5,
+        padding_value: float | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        if num_layers < 1:
+            raise ValueError(f"num_layers: must be at least 1, got {num_layers}")
+        self.padding_value = padding_value
         given = {"axes": axes, "num_heads": num_heads, "num_gaussians": num_gaussians}
         each = {name: (value,) * num_layers if isinstance(value, int) else tuple(value) for name, value in given.items()}
         for name, entries in each.items():
@@ -211,27 +222,36 @@ class GaussianBlock(nnx.Module):
                 raise ValueError(f"{name}: one number, or one for each of the {num_layers} layers, got {given[name]}")
         self.layers = nnx.List(
             [
-                MultiHeadGaussianAdaptiveAttention(heads, gaussians, axis=axis, rngs=rngs, **options)
+                MultiHeadGaussianAdaptiveAttention(
+                    heads, gaussians, axis=axis, padding_value=padding_value, rngs=rngs, **options
+                )
                 for axis, heads, gaussians in zip(*each.values(), strict=True)
             ]
         )
 
-    def weights(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
-        """m of every layer, each on what the layers before made of x."""
-        inputs = itertools.accumulate(self.layers, lambda h, layer: layer(h) + h, initial=x)
-        return [layer.weights(h) for layer, h in zip(self.layers, inputs, strict=False)]
+    def _states(self, x: Array, real: Array | None) -> Iterator[Array]:
+        """x, and what each layer made of it."""
+        return itertools.accumulate(self.layers, lambda h, layer: _at_real(real, layer(h, real) + h, h), initial=x)
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        for layer in self.layers:
-            x = layer(x) + x
-        return x
+    def weights(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> list[Float[Array, "..."]]:
+        """m of every layer, each on what the layers before made of x."""
+        real = _real(x, where, self.padding_value)
+        return [layer.weights(h, real) for layer, h in zip(self.layers, self._states(x, real), strict=False)]
+
+    def __call__(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+        *_, y = self._states(x, _real(x, where, self.padding_value))
+        return y
 
 
 def importance_factor(weights: Float[Array, "..."], axis: int = -1) -> Float[Array, " D"]:
     """How much weight each feature along `axis` gets, between 0 (least) and 1 (most); all 0 if all get the same.
 
     weights: of a trained layer over many samples; averaged over all axes but this one.
+
+    Raises ValueError for an axis that they do not have.
     """
+    if not -weights.ndim <= axis < weights.ndim:
+        raise ValueError(f"axis: weights {weights.shape} have no axis {axis}")
     a = jnp.moveaxis(weights, axis, -1).reshape(-1, weights.shape[axis]).mean(0)
     spread = a.max() - a.min()
     return (a - a.min()) / jnp.where(spread > 0, spread, 1)
@@ -241,20 +261,50 @@ class GATPoolHead(nnx.Module):
     """Features of a frozen encoder, [B, ..., D] -> logits [B, num_classes] in float32.
 
     A Gaussian block, the mean over all axes but the first and the last (time, and the encoder's layers), a linear map.
-    dim: D. options: as in `GaussianBlock`.
+    dim: D. options: as in `GaussianBlock`. The mean is that of what is not padding; of nothing it is 0.
     """
 
     def __init__(self, dim: int, num_classes: int, *, rngs: nnx.Rngs, **options: Any):
         self.block = GaussianBlock(rngs=rngs, **options)
         self.out = linear(dim, num_classes, ("embed", None), use_bias=True, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "B ... D"]) -> Float[Array, "B classes"]:
-        x = self.block(features)
-        return self.out(x.reshape(x.shape[0], -1, x.shape[-1]).mean(1)).astype(jnp.float32)
+    def __call__(self, features: Float[Array, "B ... D"], where: Bool[Array, "..."] | None = None) -> Float[Array, "B classes"]:
+        real = _real(features, where, self.block.padding_value)
+        x, between = self.block(features, real), tuple(range(1, features.ndim - 1))
+        if real is None:
+            return self.out(x.mean(between)).astype(jnp.float32)
+        total = jnp.where(real, x, 0).sum(between, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        return self.out((total / jnp.maximum(real.sum(between), 1)).astype(x.dtype)).astype(jnp.float32)
+
+
+def _floating(name: str, x: Array) -> Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name}: a floating-point array is needed, got {x.dtype} {x.shape}; convert it first")
+    return x
+
+
+def _fitting(where: Array, name: str, x: Array) -> Bool[Array, "..."]:
+    """`where` in the shape of x."""
+    try:
+        return jnp.broadcast_to(where, x.shape)
+    except ValueError:
+        raise ValueError(f"where: {jnp.shape(where)} does not broadcast to {name} {x.shape}") from None
+
+
+def _real(x: Array, where: Array | None, padding_value: float | None) -> Bool[Array, "..."] | None:
+    """True at what is not padding, in the shape of x; None if there is none."""
+    if where is not None:
+        return _fitting(where, "x", x)
+    return None if padding_value is None else x != padding_value
+
+
+def _at_real(real: Array | None, y: Array, padding: Array) -> Array:
+    return y if real is None else jnp.where(real, y, padding)
 
 
 def _checked_axis(x: Array, axis: int) -> int:
     """The axis counted from the front."""
+    _floating("x", x)
     if x.ndim < 2 or not -x.ndim <= axis < x.ndim:
         raise ValueError(f"x: needs at least 2 axes, and axis {axis} among them, got shape {x.shape}")
     return axis % x.ndim
@@ -295,7 +345,8 @@ PAPER = Paper(
         "Weights are normalised in log space by default: the authors' product underflows for many or narrow Gaussians, and "
         "their clamp at 1e-8 then makes all weights nearly 0; mode='reference' keeps both. c starts log-normal; the "
         "published package draws it from N(0, 1), whose sign does not matter but whose small values make needles. Padding "
-        "enters the statistics as zeros, as in their code; exact_padding=True leaves it out. GATPoolHead stands for the "
+        "enters the statistics as zeros, as in their code; exact_padding=True leaves it out. Through a block padding stays "
+        "what it was in the input, where theirs doubles it and takes it for data in the next layer. GATPoolHead stands for the "
         "paper's networks on WavLM, Llama 2 and BEiT features."
     ),
 )

@@ -40,7 +40,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from attnzoo.core.attention import attention
-from attnzoo.core.cache import LayerCache, append
+from attnzoo.core.cache import LayerCache, append, weigh_slots
 from attnzoo.core.merge import merge_all, merge_lse
 from attnzoo.nn.nvib import (
     Components,
@@ -59,15 +59,23 @@ LEAST_ALPHA = 0.1
 """In evaluation, components with this pseudo-count or less are left out."""
 
 
+class _Keys(NamedTuple):
+    """What is attended to: k [B, L, K, H], v [B, L, K, Hv], and what is added to their scores [B, L]."""
+
+    k: Array
+    v: Array
+    bias: Array
+
+
 def _attend(
-    q: Array, k: Array, v: Array, bias: Array, scale: float, mask: Any, return_weights: bool, **options: Any
+    q: Array, prior: _Keys, tokens: _Keys, scale: float, mask: Any, return_weights: bool, **options: Any
 ) -> tuple[Array, Array, Array | None]:
-    """(out, lse, weights) of q over component 0, which all see, and the others, which the mask is about."""
-    group = q.shape[2] // k.shape[2]
-    k_p, v_p = (jnp.repeat(x[:, 0], group, axis=1) for x in (k, v))  # [B, N, ...]
-    s_p = scale * jnp.einsum("btnh,bnh->btn", q, k_p) + bias[:, :1, None]
+    """(out, lse, weights) of q over the prior (L = 1), which all see, and the tokens, which the mask is about."""
+    group = q.shape[2] // tokens.k.shape[2]
+    k_p, v_p = (jnp.repeat(x[:, 0], group, axis=1) for x in (prior.k, prior.v))  # [B, N, ...]
+    s_p = scale * jnp.einsum("btnh,bnh->btn", q, k_p) + prior.bias[..., None]
     rest = attention(
-        q, k[:, 1:], v[:, 1:], mask=mask, bias=bias[:, None, None, 1:], scale=scale, return_lse=True,
+        q, tokens.k, tokens.v, mask=mask, bias=tokens.bias[:, None, None], scale=scale, return_lse=True,
         return_weights=return_weights, **options,
     )  # fmt: skip
     out, lse = merge_lse(jnp.broadcast_to(v_p[:, None], rest[0].shape), s_p, *rest[:2])
@@ -107,11 +115,11 @@ def denoising_attention_train(
     mask: who sees which of the components after the first, T × (L - 1), as `core.attention` takes it.
     options: of `core.attention`; positions are of these components, too.
     """
-    _check(q, z, projection)
+    _check(q, z, log_pi, projection)
     root = math.sqrt(q.shape[-1])
     k, v = _projected(z, projection.w_k, projection.b_k), _projected(z, projection.w_v, projection.b_v)
-    bias = log_pi - (z**2).sum(-1) / (2 * root)
-    out, lse, weights = _attend(q.astype(k.dtype), k, v, bias, 1 / root, mask, return_weights, **options)
+    keys = _Keys(k, v, log_pi - (z**2).sum(-1) / (2 * root))
+    out, lse, weights = _attend(q.astype(k.dtype), *_split(keys), 1 / root, mask, return_weights, **options)
     return (out, lse, weights) if return_weights else (out, lse)
 
 
@@ -128,18 +136,28 @@ def denoising_attention_eval(
 
     The bias of the keys adds the same to every score of a row, so it is left out (it moves the lse alone).
     """
-    mu, logvar, log_alpha = components
-    _check(q, mu, projection)
+    _check(q, components.mu, components.log_alpha, projection)
+    return _evaluate(q, *_split(components), projection, mask=mask, return_weights=return_weights, **options)
+
+
+def _evaluate(
+    q: Array, prior: Components, tokens: Components, projection: Projection, *, mask: Any, return_weights: bool = False,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """`denoising_attention_eval` with the prior and the tokens apart."""
     batch, length, heads, width = q.shape
-    kv_heads, dim = projection.w_k.shape[1], mu.shape[-1]
-    root, var = math.sqrt(width), jnp.exp(logvar)
-    noisy = var + root
-    by_group = q.astype(mu.dtype).reshape(batch, length, kv_heads, -1, width)
+    kv_heads, dim, root = projection.w_k.shape[1], tokens.mu.shape[-1], math.sqrt(width)
+    by_group = q.astype(tokens.mu.dtype).reshape(batch, length, kv_heads, -1, width)
     u = jnp.einsum("btkgh,pkh->btkgp", by_group, projection.w_k).reshape(batch, length, heads, dim)
-    log_pi = jnp.where(log_alpha > math.log(LEAST_ALPHA), log_alpha, -jnp.inf)
-    bias = log_pi - 0.5 * (mu**2 / noisy + jnp.log(noisy)).sum(-1)
-    k, v = (mu / noisy)[:, :, None], jnp.concatenate([var / noisy, root * mu / noisy], -1)[:, :, None]
-    mixed, lse, weights = _attend(u, k, v, bias, 1.0, mask, return_weights, **options)
+
+    def keys(mu: Array, logvar: Array, log_alpha: Array) -> _Keys:
+        var = jnp.exp(logvar)
+        noisy = var + root
+        log_pi = jnp.where(log_alpha > math.log(LEAST_ALPHA), log_alpha, -jnp.inf)
+        bias = log_pi - 0.5 * (mu**2 / noisy + jnp.log(noisy)).sum(-1)
+        return _Keys((mu / noisy)[:, :, None], jnp.concatenate([var / noisy, root * mu / noisy], -1)[:, :, None], bias)
+
+    mixed, lse, weights = _attend(u, keys(*prior), keys(*tokens), 1.0, mask, return_weights, **options)
     zhat = (mixed[..., :dim] * u + mixed[..., dim:]).reshape(batch, length, kv_heads, -1, dim)
     out = jnp.einsum("btkgp,pkh->btkgh", zhat, projection.w_v)
     if projection.b_v is not None:
@@ -148,7 +166,17 @@ def denoising_attention_eval(
     return (out, lse, weights) if return_weights else (out, lse)
 
 
-def _check(q: Array, z: Array, projection: Projection) -> None:
+def _split(components: Any) -> tuple[Any, Any]:
+    """The first component and the others, of any tuple of arrays [B, L, ...]."""
+    return type(components)(*(x[:, :1] for x in components)), type(components)(*(x[:, 1:] for x in components))
+
+
+def _check(q: Array, z: Array, log_pi: Array, projection: Projection) -> None:
+    if z.ndim != 3 or z.shape[0] != q.shape[0] or log_pi.shape != z.shape[:2] or z.shape[1] < 2:
+        raise ValueError(
+            f"components: q {q.shape} needs them [B, L, P] with B = {q.shape[0]}, L - 1 tokens after the prior (at least one), "
+            f"and their log pi or log alpha [B, L], got {z.shape} and {log_pi.shape}"
+        )
     want = (z.shape[-1], projection.w_k.shape[1], q.shape[-1])
     if projection.w_k.shape != want or projection.w_v.shape != want or q.shape[2] % want[1]:
         raise ValueError(
@@ -221,16 +249,34 @@ class NVAttention(GroupedQueryAttention):
     def _attend(self, x: Array, mask: Any, positions: Any, memory: Any, **options: Any) -> Any:
         if memory is not None:
             self._check_memory()
-        q, components = self.qkv.query(x), self.nvib(x if memory is None else memory)
+        q, source = self.qkv.query(x), x if memory is None else memory
         options |= {"mask": self._mask(mask), "q_positions": positions, **self.attention_arguments()}
         options["kv_positions"] = positions if memory is None else None
         if self.rngs is None or self.deterministic or "return_weights" in options:
-            out, _, *weights = denoising_attention_eval(q, components, self.projection, **options)
+            mixture = self.nvib.first(x.shape[0]), self.nvib.tokens(source)
+            out, _, *weights = _evaluate(q, *mixture, self.projection, **options)
             return (out.astype(x.dtype), *weights) if weights else out.astype(x.dtype)
-        z, log_pi = sample_components(self.rngs(), components, self.kappa)
+        z, log_pi = sample_components(self.rngs(), self.nvib(source), self.kappa)
         # The samples of a component are seen by the same queries: one part per sample, merged.
-        parts = [denoising_attention_train(q, *one, self.projection, **options) for one in zip(z, log_pi, strict=True)]
+        parts, key = [], options.pop("dropout_rng", None)
+        for i, one in enumerate(zip(z, log_pi, strict=True)):
+            own = {} if key is None else {"dropout_rng": jax.random.fold_in(key, i)}
+            parts.append(denoising_attention_train(q, *one, self.projection, **options, **own))
         return merge_all(*(jnp.stack(each) for each in zip(*parts, strict=True)))[0].astype(x.dtype)
+
+    def attention_weights(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Any = None,
+        positions: Int[Array, "..."] | None = None,
+        memory: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B N T 1+S"]:
+        """The prior's share, then the weights of the S tokens, in float32 and before dropout.
+
+        Always of the closed form, whether training samples or not.
+        """
+        return super().attention_weights(x, mask=mask, positions=positions, memory=memory)
 
     def cache_spec(self) -> dict[str, Any]:
         dim = self.nvib.mu_p.size
@@ -251,15 +297,20 @@ class NVAttention(GroupedQueryAttention):
         positions = cache.next_positions(x.shape[1])
         if self.causal:
             cache = append(cache, self.cache_entries(x), lengths)
-        held = {name: leaf[:, 0] for name, leaf in cache.payload.items()}
+        view = cache.view()
+        held, slots = {name: leaf[:, 0] for name, leaf in view.payload.items()}, view.pos
         tokens = Components(held["mu"], held["logvar"], held["log_alpha"][..., 0])
-        out, _ = denoising_attention_eval(
+        if view.weighted:  # w tokens in one have w times the pseudo-count
+            log_w, slots = weigh_slots(slots, view.w)
+            tokens = tokens._replace(log_alpha=tokens.log_alpha + log_w[:, 0])
+        out, _ = _evaluate(
             self.qkv.query(x),
-            self.nvib.with_prior(tokens),
+            self.nvib.first(x.shape[0]),
+            tokens,
             self.projection,
             mask=self._mask(mask),
             q_positions=positions,
-            kv_positions=cache.pos,
+            kv_positions=slots,
             **self.attention_arguments(),
         )
         return self.out(out.astype(x.dtype)), cache

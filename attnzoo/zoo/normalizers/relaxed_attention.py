@@ -16,19 +16,22 @@ It is done in training, and in "matched inference" also afterwards. In fuzzy rel
 N(gamma, sigma²). Since dw_rel / dw = 1 - gamma, gradients into the logits shrink by that factor.
 
 Costs: no parameters, the cache of grouped-query attention. Fused, the output is (1 - gamma) softmax(..) v plus gamma times
-the mean of the values seen: `attnzoo.core.weights.Relaxed` runs the two by tiles and never holds a row of weights.
+the mean of the values seen: `attnzoo.core.weights.Relaxed` runs the two by tiles and never holds a row of weights. Where all
+keys are seen the mean is the same for all queries and found once.
 
 The formula and its place before dropout follow freewym/espresso; the variants follow the paper.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from attnzoo.core.weights import Relaxed, softmax
+from attnzoo.core.weights import Relaxed, check_gamma, softmax
 from attnzoo.errors import unknown
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
@@ -51,13 +54,15 @@ def relax_weights(
 ) -> Float[Array, "*B N T S"]:
     """(1 - gamma) w + gamma / n_t at the keys a row may see, 0 elsewhere; rows that see nothing stay 0.
 
-    weights: rows that sum to 1 over the keys they may see. gamma: in [0, 1]; a number, or one per head.
+    weights: rows that sum to 1 over the keys they may see. gamma: in [0, 1]; a number, or one for each of the N heads.
     mask: True at keys that may be seen, broadcasts to weights; None: all of them.
 
-    Raises ValueError for a gamma outside [0, 1], where its value is known, and a mask that does not broadcast.
+    Raises ValueError for a gamma of another shape, or outside [0, 1] where its value is known, and a mask that does not
+    broadcast.
     """
-    if isinstance(gamma, int | float):
-        _check_gamma(gamma)
+    check_gamma(gamma)
+    if jnp.shape(gamma) not in ((), weights.shape[-3:-2]):
+        raise ValueError(f"gamma: weights {weights.shape} need a number or {weights.shape[-3:-2]}, got {jnp.shape(gamma)}")
     mixed = jnp.asarray(gamma, weights.dtype).reshape(-1, 1, 1)
     if mask is None:
         return (1 - mixed) * weights + mixed / weights.shape[-1]
@@ -69,8 +74,8 @@ def relax_weights(
     return jnp.where(ok, (1 - mixed) * weights + mixed / jnp.maximum(seen, 1), 0)
 
 
-def sample_fuzzy_gamma(key: Array, gamma: float, sigma: float) -> Float[Array, ""]:
-    """A draw from N(gamma, sigma²), clipped to [0, 1]."""
+def sample_fuzzy_gamma(key: Array, gamma: float | Float[Array, " N"], sigma: float) -> Float[Array, "..."]:
+    """A draw from N(gamma, sigma²), clipped to [0, 1]; several gammas are moved alike."""
     return jnp.clip(gamma + sigma * jax.random.normal(key), 0, 1)
 
 
@@ -79,7 +84,8 @@ def shallow_fusion_logits(
 ) -> Float[Array, "*B V"]:
     """log p_dec + lam log p_lm in float32, from the logits of both; not normalised again.
 
-    lam: weight of the external language model, usually between 0 and 1.
+    lam: weight of the external language model, usually between 0 and 1. With 0 it says nothing, even of tokens that it excludes
+        (-inf). A negative one takes its scores away, and what it excludes then gets +inf.
     Raises ValueError for vocabularies that differ.
     """
     if dec_logits.shape[-1] != lm_logits.shape[-1]:
@@ -88,17 +94,18 @@ def shallow_fusion_logits(
             "map the language model's tokens to the decoder's first"
         )
     dec, lm = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (dec_logits, lm_logits))
-    return dec + lam * lm
+    return dec + jnp.where(jnp.asarray(lam) == 0, 0, lam * lm)
 
 
 class RelaxedAttention(GroupedQueryAttention):
     """Grouped-query attention with relaxed weights; x [B, T, D] -> [B, T, D].
 
-    gamma: how much of every row is uniform, in [0, 1]; the paper's range is about 0.005 to 0.35.
+    gamma: how much of every row is uniform, in [0, 1], for all heads or one for each; the paper's range is about 0.005 to 0.35.
     mode: "train" relaxes in training mode only (`model.eval()` ends it), "matched" always, "off" never.
     where: "encoder_self", "cross" or "both" as in the paper, which leaves the decoder's causal self-attention alone; "all"
         relaxes that too, over the keys before each query.
-    sigma: of fuzzy relaxation, 0 for none. Every call in training mode then draws a gamma; otherwise gamma itself is used.
+    sigma: of fuzzy relaxation, 0 for none. Every call in training mode then draws a gamma; otherwise, and in what
+        `attention_weights` shows, gamma itself is used.
     options: as in `GroupedQueryAttention`.
 
     Raises ValueError for a gamma outside [0, 1], a negative sigma, and unknown modes or places.
@@ -109,14 +116,17 @@ class RelaxedAttention(GroupedQueryAttention):
         dim: int,
         num_heads: int,
         *,
-        gamma: float = 0.1,
+        gamma: float | Sequence[float] | Float[Array, " N"] = 0.1,
         mode: str = "train",
         where: str = "all",
         sigma: float = 0.0,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        _check_gamma(gamma)
+        shares = np.asarray(gamma, np.float32)
+        check_gamma(shares)
+        if shares.shape not in ((), (num_heads,)):
+            raise ValueError(f"gamma: a number, or one for each of {num_heads} heads, is needed, got {gamma}")
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
         if where not in WHERE:
@@ -124,7 +134,8 @@ class RelaxedAttention(GroupedQueryAttention):
         if sigma < 0:
             raise ValueError(f"sigma: a standard deviation of at least 0 is needed, got {sigma}")
         super().__init__(dim, num_heads, rngs=rngs, **options)
-        self.gamma, self.mode, self.where, self.sigma = gamma, mode, where, sigma
+        self.gamma = tuple(shares.tolist()) if shares.ndim else float(gamma)  # type: ignore[arg-type]
+        self.mode, self.where, self.sigma = mode, where, sigma
         self.deterministic = False
         self.rngs = rngs.dropout.fork() if sigma else nnx.data(None)
 
@@ -134,15 +145,19 @@ class RelaxedAttention(GroupedQueryAttention):
         weights = Relaxed(self._gamma()) if relaxes and kind in WHERE[self.where] else softmax
         return {**super().call_arguments(crosses), "weights": weights}
 
-    def _gamma(self) -> float | Float[Array, ""]:
+    def attention_weights(self, x: Float[Array, "B T D"], **options: Any) -> Float[Array, "B N T S"]:
+        """As in `GroupedQueryAttention`; nothing is drawn for it."""
+        shown = self
+        if self.rngs is not None:
+            shown = nnx.clone(self)
+            shown.rngs = nnx.data(None)
+        return super(RelaxedAttention, shown).attention_weights(x, **options)
+
+    def _gamma(self) -> float | Float[Array, "..."]:
+        gamma = jnp.asarray(self.gamma) if isinstance(self.gamma, tuple) else self.gamma
         if self.rngs is None or self.deterministic:
-            return self.gamma
-        return sample_fuzzy_gamma(self.rngs(), self.gamma, self.sigma)
-
-
-def _check_gamma(gamma: float) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma: must be in [0, 1], got {gamma}")
+            return gamma
+        return sample_fuzzy_gamma(self.rngs(), gamma, self.sigma)
 
 
 PAPER = Paper(
@@ -162,6 +177,8 @@ PAPER = Paper(
     notes=(
         "The paper writes gamma / T with T the length of the key axis, and espresso divides by the padded length; here the "
         "uniform part covers the keys a query may see, so padding and the future get none. Fuzzy draws are clipped to "
-        "[0, 1], and every layer draws its own. The default gamma of 0.1 is ours; espresso uses 0.35 in cross-attention."
+        "[0, 1], and every layer draws its own. The default gamma of 0.1 is ours; espresso uses 0.35 in cross-attention. "
+        "where='all', the default, relaxes causal self-attention too, so that a decoder alone is relaxed at all; the paper "
+        "leaves it as it is."
     ),
 )

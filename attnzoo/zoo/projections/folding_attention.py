@@ -13,15 +13,17 @@ A sub-token sees all sub-tokens of the tokens that its token sees, later ones of
 of tokens. The feed-forward network is folded the same way. What follows is not from the paper: a learned bias e [F, d], zero at
 first, tells sub-tokens apart (without it the layer commutes with permuting them); with N_f = N / F heads keep their width.
 
-Costs: 4 D² / F² parameters and 4 T D² / F multiply-adds of projections, but 2 T² D F of scores and values: it pays while
-T < 2 D / F, and calling it with more tokens warns. The cache holds as many numbers as before, 2 D per token.
+Costs: 4 D² / F² parameters and 4 T D² / F multiply-adds of projections, but 2 T S D F of scores and values, S being how many
+tokens each sees: it pays while S < 2 D / F, and a call where it does not warns. The cache holds as many numbers as before, 2 D
+per token.
 
 The idea and its savings are the paper's; the wiring of heads, masks and positions is ours (there is no public code).
 """
 
 import warnings
-from typing import Any
+from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -29,9 +31,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from attnzoo.core.cache import LayerCache
-from attnzoo.core.cells import Bound, Cells, Geometry, Operand, Tile, spread
+from attnzoo.core.cells import Bound, Cells, Geometry, concrete
 from attnzoo.core.intervals import Intervals, span
-from attnzoo.core.masks import Causal, Mask, mask
+from attnzoo.core.masks import Causal, Folded, Mask, mask
 from attnzoo.core.masks.positional import row_positions
 from attnzoo.core.positions import PositionPlan, Positions
 from attnzoo.errors import unknown
@@ -40,16 +42,21 @@ from attnzoo.nn.feed_forward import MLP
 from attnzoo.nn.linear import head_counts, named
 from attnzoo.nn.mixer import as_mask, both, on_grid
 from attnzoo.paper import Paper
-from attnzoo.zoo.projections.transformer import GroupedQueryAttention
+from attnzoo.zoo.projections.transformer import GroupedQueryAttention, check_memory_mask
 
 WHERE = ("attn", "ffn", "both")
-_FAR = 2**30
 
 
 def _width(dim: int, factor: int) -> int:
     if factor < 1 or dim % factor:
         raise ValueError(f"factor: tokens of dim={dim} split into equal parts only by a divisor of it, got {factor}")
     return dim // factor
+
+
+def _units(hidden: int, factor: int) -> int:
+    if factor < 1 or hidden % factor:
+        raise ValueError(f"factor: hidden={hidden} units split only by a divisor of it, got {factor}")
+    return hidden // factor
 
 
 def fold_tokens(x: Float[Array, "*B T D"], factor: int) -> Float[Array, "*B T*F D/F"]:
@@ -64,66 +71,6 @@ def unfold_tokens(z: Float[Array, "*B T*F D/F"], factor: int) -> Float[Array, "*
     if factor < 1 or length % factor:
         raise ValueError(f"factor: {length} sub-tokens are no whole number of tokens of {factor}")
     return z.reshape(*lead, length // factor, width * factor)
-
-
-@mask(leaves=("inner",))
-class Folded(Mask):
-    """A mask of tokens, lifted to `factor` sub-tokens each: sub-tokens see what their tokens see.
-
-    Positions and slots of the call are those of sub-tokens, t·F + i; the inner mask is asked about t.
-    """
-
-    inner: Mask
-    factor: int
-
-    @property
-    def opaque(self) -> bool:
-        return self.inner.opaque
-
-    def _tokens(self, g: Geometry) -> Geometry:
-        f = self.factor
-        if g.queries % f or g.keys % f:
-            raise ValueError(f"Folded: T={g.queries} and S={g.keys} sub-tokens are no whole tokens of {f}")
-        q, k = g.q_positions, g.kv_positions
-        return Geometry(
-            g.batch,
-            g.heads,
-            g.kv_heads,
-            g.queries // f,
-            g.keys // f,
-            None if q is None else q[..., ::f] // f,
-            None if k is None else k[..., ::f] // f,
-        )
-
-    def bind(self, g: Geometry) -> Bound:
-        tokens, f = self._tokens(g), self.factor
-        inner = self.inner.bind(tokens)
-        whole = Tile((0, 0, 0, 0), (tokens.batch, tokens.heads, tokens.queries, tokens.keys))
-
-        def lifted(op: Operand) -> Operand:
-            if op.kind == "whole":
-                return op
-            x = jnp.asarray(spread(op, op.x, whole))
-            for axis in (2, 3):
-                x = jnp.repeat(x, f, axis=axis) if x.shape[axis] > 1 else x
-            return Operand(x, "aligned")
-
-        def apply(c: Cells, *parts: Any) -> Any:
-            return inner.apply(Cells(c.b, c.h, c.t // f, c.s // f, c.q // f, c.k // f), *parts)
-
-        return Bound(tuple(lifted(op) for op in inner.operands), apply)
-
-    def intervals(self, g: Geometry) -> Intervals | None:
-        runs, f = self.inner.intervals(self._tokens(g)), self.factor
-        if runs is None:
-            return None
-        xp: Any = np if runs.known else jnp
-        ends = (xp.clip(end, -_FAR // f, _FAR // f) * f for end in (runs.lo, runs.hi))
-        lo, hi = (xp.repeat(end, f, axis=2) if end.shape[2] > 1 else end for end in ends)
-        return Intervals(lo, hi, runs.exact)
-
-    def __repr__(self) -> str:
-        return f"Folded({self.inner}, {self.factor})"
 
 
 @mask()
@@ -157,15 +104,18 @@ def streaming_chunk_mask(chunk: int, left_chunks: int) -> StreamingChunks:
 class FoldingAttention(GroupedQueryAttention):
     """Attention over sub-tokens; x [B, T, D] -> [B, T, D].
 
-    dim, num_heads: D and N; sub-tokens have max(1, N // F) heads.
-    factor: F, a divisor of D. With 1 it is multi-head attention.
+    dim, num_heads: D and N; sub-tokens have N / F heads, or one if N < F.
+    factor: F, a divisor of D, and of N unless N < F. With 1 it is multi-head attention.
     streaming: (chunk, left_chunks), the mask of a streaming encoder in place of the causal one (together with causal=True,
-        both). Such a mixer decodes too, by whole chunks: a piece given to `prefill` ends where a chunk ends, or the sequence.
-    strict_subtoken_causal: hide the later sub-tokens of the same token as well (and of tokens ahead).
-    Further arguments as in `GroupedQueryAttention`.
+        both). Such a mixer decodes too, by whole chunks: a piece given to `prefill` ends where a chunk ends, or the sequence;
+        by single tokens where nothing ahead is seen (chunks of one, causal, or strict_subtoken_causal).
+    strict_subtoken_causal: hide the later sub-tokens of the same token as well, and those of tokens ahead; of a mixer that is
+        causal or streaming.
+    causal, positions, use_bias, dropout_rate, backend: as in `GroupedQueryAttention`.
 
-    Warns (once per compiled shape) when called with more than 2 D / F tokens, where it costs more than attention unfolded.
-    Raises ValueError for heads or a factor that do not divide.
+    Warns (once per compiled shape) where it costs more multiply-adds than attention unfolded: for T tokens that see up to S of
+    themselves, S > 2 D / F.
+    Raises ValueError for heads or a factor that do not divide, and strict_subtoken_causal of a mixer that sees everything.
     """
 
     def __init__(
@@ -187,7 +137,16 @@ class FoldingAttention(GroupedQueryAttention):
     ):
         head_counts(dim, num_heads, None, None)
         width = _width(dim, factor)
-        self.factor, self.break_even = factor, 2 * dim / factor
+        if num_heads >= factor and num_heads % factor:
+            raise ValueError(
+                f"factor: the {num_heads} heads are shared out among {factor} sub-tokens; choose a divisor of num_heads, or "
+                f"fewer heads than {factor} for one head"
+            )
+        if strict_subtoken_causal and not causal and streaming is None:
+            raise ValueError(
+                "strict_subtoken_causal: it orders the sub-tokens of a causal or streaming mixer, and this is neither"
+            )
+        self.factor, self.width = factor, width
         super().__init__(
             width,
             max(1, num_heads // factor),
@@ -203,8 +162,27 @@ class FoldingAttention(GroupedQueryAttention):
         chunks = None if streaming is None else streaming_chunk_mask(*streaming)
         self.own_mask = both(Causal() if causal else None, chunks)
         self.strict_subtoken_causal = strict_subtoken_causal
+        # How many tokens one sees at most, and by how many at once they have to come.
+        self.reach = None if streaming is None else (streaming[1] + 1) * streaming[0]
+        self.piece = 1 if streaming is None or causal or strict_subtoken_causal else streaming[0]
         if factor > 1:
             self.subtoken_bias = nnx.Param(jnp.zeros((factor, width), param_dtype), **named(None, "embed"))
+
+    @classmethod
+    def like(cls, mixer: GroupedQueryAttention, **own: Any) -> Self:
+        """Raises ValueError: sub-tokens have other matrices than tokens."""
+        raise ValueError(f"mixer: the matrices of {type(mixer).__name__} are of whole tokens; build and train {cls.__name__}")
+
+    def _warn(self, queries: int, keys: int, source: int) -> None:
+        """If the products of so many queries and keys cost more than the projections of the queries and of `source` save."""
+        seen = keys if self.reach is None else min(keys, self.reach)
+        pays = (queries + source) * self.width / queries
+        if self.factor > 1 and seen > pays:
+            warnings.warn(
+                f"folding by {self.factor} costs more than it saves: here {queries} tokens see up to {seen} each, and it pays "
+                f"up to {pays:g}",
+                stacklevel=3,
+            )
 
     def _fold(self, x: Float[Array, "B T D"]) -> Float[Array, "B T*F d"]:
         if self.factor == 1:
@@ -228,11 +206,8 @@ class FoldingAttention(GroupedQueryAttention):
         memory: Float[Array, "B S D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """mask, positions, memory: of tokens."""
-        if self.factor > 1 and x.shape[1] > self.break_even:
-            warnings.warn(
-                f"folding by {self.factor} costs more than it saves above {self.break_even:g} tokens; here are {x.shape[1]}",
-                stacklevel=2,
-            )
+        tokens = (x if memory is None else memory).shape[1]
+        self._warn(x.shape[1], tokens, tokens)
         if positions is not None:
             positions = self._subtokens(jnp.asarray(positions))
         memory = None if memory is None else self._fold(memory)
@@ -255,6 +230,8 @@ class FoldingAttention(GroupedQueryAttention):
         memory_mask: Bool[Array, "B S"] | None = None,
     ) -> LayerCache:
         """Room for the sub-tokens of `length` tokens, or those of a memory."""
+        if memory is not None and memory_mask is not None:
+            check_memory_mask(memory, memory_mask)
         memory = None if memory is None else self._fold(memory)
         memory_mask = None if memory_mask is None else jnp.repeat(memory_mask, self.factor, axis=-1)
         return super().init_cache(batch, length * self.factor, dtype=dtype, memory=memory, memory_mask=memory_mask)
@@ -267,10 +244,27 @@ class FoldingAttention(GroupedQueryAttention):
         mask: Any = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The tokens x after those in the cache; lengths are those of tokens."""
+        """The tokens x after those in the cache; lengths are those of tokens.
+
+        Raises ValueError, outside jit, where streaming goes on in the middle of a chunk.
+        """
+        seen = concrete(cache.seen)
+        if self.piece > 1 and self.causal and seen is not None and (seen % (self.piece * self.factor)).any():
+            raise ValueError(
+                f"x: streaming goes on where a chunk of {self.piece} tokens ends, and the rows have had "
+                f"{(seen // self.factor).tolist()}; give whole chunks at a time"
+            )
+        held = jax.eval_shape(cache.view).slots // self.factor
+        self._warn(x.shape[1], held, x.shape[1] if self.causal else 0)
         lengths = None if lengths is None else lengths * self.factor
         y, cache = super().prefill(self._fold(x), cache, mask=mask, lengths=lengths)
         return unfold_tokens(y, self.factor), cache
+
+    def step(self, x: Float[Array, "B 1 D"], cache: LayerCache, **options: Any) -> tuple[Float[Array, "B 1 D"], LayerCache]:
+        """`prefill` of one token. Raises ValueError for a streaming mixer whose tokens see ahead in their chunk."""
+        if self.piece > 1:
+            raise ValueError(f"x: tokens see to the end of their chunk of {self.piece}; give whole chunks to prefill")
+        return self.prefill(x, cache, **options)
 
 
 class FoldingFFN(nnx.Module):
@@ -280,10 +274,8 @@ class FoldingFFN(nnx.Module):
     """
 
     def __init__(self, dim: int, hidden: int, *, factor: int = 2, rngs: nnx.Rngs, **options: Any):
-        if factor < 1 or hidden % factor:
-            raise ValueError(f"factor: hidden={hidden} units split only by a divisor of it, got {factor}")
         self.factor = factor
-        self.mlp = MLP(_width(dim, factor), hidden // factor, rngs=rngs, **options)
+        self.mlp = MLP(_width(dim, factor), _units(hidden, factor), rngs=rngs, **options)
 
     def __call__(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
         return unfold_tokens(self.mlp(fold_tokens(x, self.factor)), self.factor)
@@ -293,7 +285,8 @@ class FoldedBlock(Block):
     """A residual layer, folded in part: x [B, T, D] -> [B, T, D].
 
     where: what is folded: "attn", "ffn" or "both". A model chooses the layers and the factor (the paper: 1, 2 or 4).
-    use_bias: of the feed-forward network. mixer_args: of `FoldingAttention`. options: of `Block`.
+    use_bias: of the feed-forward network. mixer_args: of `FoldingAttention`. dtype, param_dtype: of all parts.
+    options: of `Block`.
     Raises ValueError for an unknown `where`, and sizes that the factor does not divide.
     """
 
@@ -308,32 +301,36 @@ class FoldedBlock(Block):
         activation: str = "gelu",
         use_bias: bool = False,
         mixer_args: dict[str, Any] | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options: Any,
     ):
         if where not in WHERE:
             raise unknown("where", where, WHERE)
         attn, ffn = (factor if where in (part, "both") else 1 for part in ("attn", "ffn"))
-        mixer = FoldingAttention(dim, num_heads, factor=attn, rngs=rngs, **(mixer_args or {}))
-        network = FoldingFFN(dim, hidden, factor=ffn, activation=activation, use_bias=use_bias, rngs=rngs)
-        super().__init__(dim, mixer, network, rngs=rngs, **options)
+        shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        mixer = FoldingAttention(dim, num_heads, factor=attn, **{**shared, **(mixer_args or {})})
+        network = FoldingFFN(dim, hidden, factor=ffn, activation=activation, use_bias=use_bias, **shared)
+        super().__init__(dim, mixer, network, **shared, **options)
 
 
 def folding_counts(
     dim: int, hidden: int, factor: int, queries: int, keys: int | None = None, *, dtype: DTypeLike = jnp.bfloat16
-) -> dict[str, float]:
+) -> dict[str, int]:
     """What one layer costs on one row: parameters (matrices alone), multiply-adds, and bytes of weights and cache.
 
-    keys: as many as queries by default.
+    keys: as many as queries by default. Raises ValueError for a factor that does not divide dim and hidden.
     """
     s, size = queries if keys is None else keys, jnp.dtype(dtype).itemsize
-    attention, ffn = 4 * dim**2 / factor**2, 2 * dim * hidden / factor**2
+    width, units = _width(dim, factor), _units(hidden, factor)
+    attention, ffn = 4 * width**2, 2 * width * units
     return {
         "attention parameters": attention,
         "ffn parameters": ffn,
-        "projection multiply-adds": 2 * (queries + s) * dim**2 / factor,
+        "projection multiply-adds": 2 * (queries + s) * dim * width,
         "score and value multiply-adds": 2 * queries * s * dim * factor,
-        "ffn multiply-adds": 2 * queries * dim * hidden / factor,
+        "ffn multiply-adds": 2 * queries * dim * units,
         "weight bytes": (attention + ffn) * size,
         "cache bytes": 2 * s * dim * size,
     }

@@ -48,6 +48,14 @@ def scaled_dot_product_attention(
     return attention(q, k, v, mask=both(triangle, mask))
 
 
+def check_memory_mask(memory: Float[Array, "B S D"], memory_mask: Bool[Array, "B S"]) -> None:
+    """Raises ValueError where they do not fit."""
+    if memory_mask.shape != memory.shape[:2]:
+        raise ValueError(
+            f"memory_mask: one entry per token of memory {memory.shape} is needed: {memory.shape[:2]}, got {memory_mask.shape}"
+        )
+
+
 class GroupedQueryAttention(Mixer):
     """Attention with N query heads and K heads of keys and values; x [B, T, D] -> [B, T, D].
 
@@ -229,11 +237,8 @@ class GroupedQueryAttention(Mixer):
                 raise ValueError("causal: only a mixer built with causal=True, or given a memory, can decode")
             return init_cache(batch, length, spec, dtype=dtype or self.cache_dtype)
         self._check_memory()
-        if memory_mask is not None and memory_mask.shape != memory.shape[:2]:
-            raise ValueError(
-                f"memory_mask: one entry per token of memory {memory.shape} is needed: {memory.shape[:2]}, "
-                f"got {memory_mask.shape}"
-            )
+        if memory_mask is not None:
+            check_memory_mask(memory, memory_mask)
         cache = init_cache(batch, memory.shape[1], spec, dtype=dtype or self.cache_dtype)
         cache = append(cache, self.cache_entries(memory))
         if memory_mask is None:

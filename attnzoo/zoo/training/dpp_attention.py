@@ -63,27 +63,31 @@ def dpp_kernel(q: Float[Array, "*B S"], e: Float[Array, "*B S E"]) -> Float[Arra
     return scaled @ jnp.swapaxes(scaled, -1, -2)
 
 
-def dpp_log_prob(L: Float[Array, "*B S S"], chosen: Bool[Array, "*B S"], *, jitter: float = 1e-6) -> Float[Array, "*B"]:
-    """log P(Y) = log det(L_Y + jitter I) - log det(L + I).
+def dpp_log_prob(L: Float[Array, "*B S S"], chosen: Bool[Array, "*B S"], *, jitter: float = 1e-5) -> Float[Array, "*B"]:
+    """log P(Y) = log det(L_Y + j I) - log det(L + I).
 
-    chosen: True at the members of Y. jitter: keeps log and gradient finite where two members are alike; 0 gives -inf.
+    chosen: True at the members of Y. jitter: j over the mean of L_Y's diagonal; keeps log and gradient finite where two members
+        are alike. With 0 such sets have -inf.
     """
     if L.shape[-2:] != chosen.shape[-1:] * 2:
         raise ValueError(f"chosen: a kernel {L.shape} needs one entry per position, [..., {L.shape[-1]}], got {chosen.shape}")
     one = jnp.eye(L.shape[-1], dtype=L.dtype)
     both = chosen[..., :, None] & chosen[..., None, :]
     # The other positions become rows and columns of the identity, which leave the determinant alone.
-    of_chosen = jnp.where(both, L + jitter * one, one)
-    return jnp.linalg.slogdet(of_chosen)[1] - jnp.linalg.slogdet(L + one)[1]
+    count = jnp.maximum(chosen.sum(-1), 1)
+    mean = jnp.where(chosen, jnp.diagonal(L, axis1=-2, axis2=-1), 0).sum(-1) / count
+    # Members that all have no quality at all still leave something to divide by.
+    ridge = jitter * jnp.maximum(mean, jnp.finfo(L.dtype).eps ** 4)[..., None, None]
+    sign, log_det = jnp.linalg.slogdet(jnp.where(both, L + ridge * one, one))
+    return jnp.where(sign > 0, log_det, -jnp.inf) - jnp.linalg.slogdet(L + one)[1]
 
 
 def greedy_map_dpp(
-    L: Float[Array, "*B S S"], k: int, *, least: float = 1e-10, reference_quirk: bool = False
+    L: Float[Array, "*B S S"], k: int, *, least: float = 1e-10
 ) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
     """(positions, gains): up to k picks, each the position that multiplies det L_Y most, and by how much.
 
     The product of the gains is det L_Y. Picking stops where no gain exceeds `least`: `NONE` and 0 from there on.
-    reference_quirk: divide by d_j instead of its root, as the released code does; gains then mean nothing.
 
     Raises ValueError for k outside 1..S.
     """
@@ -100,7 +104,7 @@ def greedy_map_dpp(
             j = gains.argmax()
             found = gains[j] > least
             gain = jnp.where(found, d[j], 1)
-            row = (L[j] - c[:, j] @ c) / (gain if reference_quirk else jnp.sqrt(gain))
+            row = (L[j] - c[:, j] @ c) / jnp.sqrt(gain)
             row = jnp.where(found, row, 0)
             left = left.at[j].set(False) & found
             return (d - row**2, c.at[step].set(row), left), (jnp.where(found, j, NONE), jnp.where(found, gain, 0))
@@ -118,8 +122,10 @@ def gaussian_mixture_target(
     """G = softmax_s Σ_k N(s; mu_k, sigma²) over `length` source positions; no gradient. `NONE` among positions adds nothing.
 
     where: True at real source positions; the others get 0. The densities are at most 0.4 / sigma each, so G is a gentle hill
-    on nearly uniform ground.
+    on nearly uniform ground. Raises ValueError for a sigma that is not positive.
     """
+    if not sigma > 0:
+        raise ValueError(f"sigma: a width of the Gaussians above 0 is needed, got {sigma}")
     s = jnp.arange(length)
     distance = (s - positions[..., None]) / sigma
     density = jnp.exp(-(distance**2) / 2) / (sigma * math.sqrt(2 * math.pi))
@@ -142,10 +148,11 @@ def micro_dpp_loss(
 ) -> Float[Array, " B"]:
     """KL(q ‖ G) per row, or KL(G ‖ q) with direction="reverse"; never negative.
 
-    A: attention, rows sum to 1. e: the vectors attended to. stride: every how many-th position is a candidate.
-    m: picks, at most. source_mask, target_mask: True at real positions and decoder steps.
+    A: attention, rows sum to 1. e: the vectors attended to. stride: every how many-th real position is a candidate.
+    m: picks, at most. source_mask, target_mask: True at real positions and decoder steps; attention to padding does not count.
+    direction: "reverse" cannot pull at positions whose attention is 0 (to the last digit): log q has no slope there.
 
-    Raises ValueError for shapes that do not fit, a stride or m below 1, and an unknown direction.
+    Raises ValueError for shapes that do not fit, a stride or m below 1, a sigma not above 0, and an unknown direction.
     """
     if direction not in DIRECTIONS:
         raise unknown("direction", direction, DIRECTIONS)
@@ -153,12 +160,14 @@ def micro_dpp_loss(
         raise ValueError(f"stride and m: must be at least 1, got stride={stride} and m={m}")
     q = _quality(A, e, source_mask, target_mask)
     size = q.shape[-1]
-    start = jax.random.randint(key, (), 0, min(stride, size))
-    candidates = start + stride * jnp.arange(-(-size // stride))
-    quality = jnp.where(candidates < size, q[:, jnp.minimum(candidates, size - 1)], 0)
-    kernel = dpp_kernel(quality, e[:, jnp.minimum(candidates, size - 1)])
-    picks, _ = greedy_map_dpp(jax.lax.stop_gradient(kernel), min(m, candidates.size))
-    target = gaussian_mixture_target(jnp.where(picks == NONE, NONE, candidates[picks]), size, sigma=sigma, where=source_mask)
+    rank, spread = _every(stride, key, q, source_mask)
+    # Candidates first, in their order; the places left have no quality, so that they are never picked.
+    candidates = jnp.argsort(jnp.where(spread, rank, size), axis=-1)[:, : -(-size // stride)]
+    quality = jnp.take_along_axis(jnp.where(spread, q, 0), candidates, axis=-1)
+    kernel = dpp_kernel(quality, jnp.take_along_axis(e, candidates[..., None], axis=1))
+    picks, _ = greedy_map_dpp(jax.lax.stop_gradient(kernel), min(m, candidates.shape[-1]))
+    chosen = jnp.where(picks == NONE, NONE, jnp.take_along_axis(candidates, picks, axis=-1))
+    target = gaussian_mixture_target(chosen, size, sigma=sigma, where=source_mask)
     return _kl(q, target) if direction == "forward" else _kl(target, q)
 
 
@@ -188,8 +197,7 @@ def macro_dpp_loss(
     size = q.shape[-1]
     of_branch, of_start = jax.random.split(key)
     by_quality = jax.random.bernoulli(of_branch) if branch == "random" else branch == "quality"
-    start = jax.random.randint(of_start, (), 0, min(stride, size))
-    spread = jnp.broadcast_to(jnp.arange(size) % stride == start, q.shape)
+    _, spread = _every(stride, of_start, q, source_mask)
     best = jax.lax.top_k(q, min(top, size))[1]
     chosen = jnp.where(by_quality, spread, jax.nn.one_hot(best, size, dtype=bool).any(-2))
     if source_mask is not None:
@@ -205,29 +213,46 @@ def attention_coverage(
     source_mask: Bool[Array, "*B S"] | None = None,
     target_mask: Bool[Array, "*B T"] | None = None,
 ) -> Float[Array, "*B"]:
-    """How much of the source attention covers: exp(entropy of q) over the number of source positions, in (0, 1]."""
-    q = _mean_over_steps(A, target_mask)
+    """How much of the source attention covers: exp(entropy of q) over the number of source positions, in (0, 1].
+
+    Attention to padding does not count; a row without source positions has 1.
+    """
+    q = _mean_over_steps(A, source_mask, target_mask)
     entropy = -jnp.where(q > 0, q * jnp.log(jnp.where(q > 0, q, 1)), 0).sum(-1)
-    count = q.shape[-1] if source_mask is None else source_mask.sum(-1)
+    count = q.shape[-1] if source_mask is None else jnp.maximum(source_mask.sum(-1), 1)
     return jnp.exp(entropy) / count
 
 
-def _mean_over_steps(A: Array, target_mask: Array | None) -> Array:
+def _mean_over_steps(A: Array, source_mask: Array | None, target_mask: Array | None) -> Array:
+    """q: the mean of attention over real steps, shared out among real positions."""
     A = A.astype(jnp.promote_types(A.dtype, jnp.float32))
     if target_mask is None:
-        return A.mean(-2)
-    return jnp.where(target_mask[..., None], A, 0).sum(-2) / jnp.maximum(target_mask.sum(-1, keepdims=True), 1)
+        q = A.mean(-2)
+    else:
+        q = jnp.where(target_mask[..., None], A, 0).sum(-2) / jnp.maximum(target_mask.sum(-1, keepdims=True), 1)
+    if source_mask is None:
+        return q
+    q = jnp.where(source_mask, q, 0)
+    total = q.sum(-1, keepdims=True)
+    return q / jnp.where(total > 0, total, 1)
+
+
+def _every(stride: int, key: Array, q: Array, source_mask: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """(rank among the real positions, whether it is an every stride-th of them, from a random start that the row has)."""
+    real = jnp.ones(q.shape, bool) if source_mask is None else source_mask
+    rank = jnp.cumsum(real, axis=-1) - 1
+    start = jax.random.randint(key, (), 0, min(stride, q.shape[-1])) % jnp.clip(real.sum(-1, keepdims=True), 1, stride)
+    return rank, real & (rank % stride == start)
 
 
 def _quality(A: Array, e: Array, source_mask: Array | None, target_mask: Array | None) -> Array:
-    """q [B, S], 0 at padding."""
+    """q [B, S], 0 at padding, after checking shapes."""
     if A.ndim != 3 or e.ndim != 3 or A.shape[::2] != e.shape[:2]:
         raise ValueError(f"A and e: attention [B, T, S] and source vectors [B, S, E] are needed, got {A.shape} and {e.shape}")
     for name, given, shape in (("source_mask", source_mask, e.shape[:2]), ("target_mask", target_mask, A.shape[:2])):
         if given is not None and given.shape != shape:
             raise ValueError(f"{name}: attention {A.shape} needs {shape}, got {given.shape}")
-    q = _mean_over_steps(A, target_mask)
-    return q if source_mask is None else jnp.where(source_mask, q, 0)
+    return _mean_over_steps(A, source_mask, target_mask)
 
 
 def _kl(p: Array, q: Array) -> Array:
@@ -266,18 +291,26 @@ class ConvSeq2SeqAttention(nnx.Module):
         x: Float[Array, "B S E"],
         *,
         source_mask: Bool[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"]]:
-        """(out, A). g: target embeddings. z: encoder outputs. x: source embeddings. source_mask: True at real positions, whose
-        number takes the place of S."""
-        if z.shape != x.shape or z.shape[-1] != g.shape[-1]:
-            raise ValueError(f"z and x: one shape [B, S, E] with the width of g {g.shape}, got {z.shape} and {x.shape}")
+        return_weights: bool = False,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Float[Array, "B T S"]]:
+        """out, or (out, A) with return_weights, for the losses. g: target embeddings. z: encoder outputs. x: source embeddings.
+        source_mask: True at real positions, whose number takes the place of S.
+
+        Raises ValueError for shapes that do not fit."""
+        dim, embed_dim = self.project_in.in_features[0], self.project_out.in_features[0]
+        if h.shape[-1] != dim or g.shape != (*h.shape[:-1], embed_dim):
+            raise ValueError(f"h and g: [B, T, {dim}] and [B, T, {embed_dim}] are needed, got {h.shape} and {g.shape}")
+        if z.shape != x.shape or z.shape[-1] != embed_dim:
+            raise ValueError(f"z and x: one shape [B, S, {embed_dim}] is needed, got {z.shape} and {x.shape}")
         d = (self.project_in(h) + g) * math.sqrt(0.5)
         mask = None if source_mask is None else source_mask[:, None, None, :]
         heads = (a[:, :, None] for a in (d, z, z + x))
-        context, weights = attention(*heads, mask=mask, scale=1.0, return_weights=True)
+        found = attention(*heads, mask=mask, scale=1.0, return_weights=return_weights)
+        context, weights = found if return_weights else (found, None)
         count = jnp.asarray(z.shape[1]) if source_mask is None else source_mask.sum(-1)[:, None, None]
         context = context[:, :, 0] * jnp.sqrt(count).astype(context.dtype)
-        return (self.project_out(context) + h) * math.sqrt(0.5), weights[:, 0]
+        out = (self.project_out(context) + h) * math.sqrt(0.5)
+        return (out, weights[:, 0]) if return_weights else out
 
 
 def _picture(axes: Any) -> None:
@@ -318,9 +351,10 @@ PAPER = Paper(
     },
     code="thinkwee/DPP_CNN_Summarization",
     notes=(
-        "The released greedy loop divides by d_j where Cholesky's method divides by its root (reference_quirk=True), leaves "
+        "The released greedy loop divides by d_j where Cholesky's method divides by its root, leaves "
         "picks among every 20th position unmapped to source positions, and calls torch's KL divergence with a first argument "
         "that is no logarithm and a negated result. Here picks are mapped and the divergence is KL(q ‖ G), or KL(G ‖ q). Its "
-        "losses are left out for padded batches; here padding is left out of the sets."
+        "losses are left out for padded batches; here padding is left out of the sets. In the claim macro spreads attention as "
+        "far with vectors that say nothing about the source, and micro nearly so: most of it is where the sets are drawn."
     ),
 )

@@ -45,8 +45,8 @@ def layer(num_heads, num_gaussians=3, **options):
     """A layer whose deltas are not 0."""
     made = MultiHeadGaussianAdaptiveAttention(num_heads, num_gaussians, rngs=nnx.Rngs(0), **options)
     for i, head in enumerate(made.heads):
-        head.delta[...] = jnp.linspace(-0.5, 1, num_gaussians) + 0.1 * i
-        head.c[...] = jnp.linspace(0.8, 2, num_gaussians) + 0.1 * i
+        head.delta[...] = (jnp.linspace(-0.5, 1, num_gaussians) + 0.1 * i).astype(head.delta.dtype)
+        head.c[...] = (jnp.linspace(0.8, 2, num_gaussians) + 0.1 * i).astype(head.c.dtype)
     return made
 
 
@@ -142,6 +142,10 @@ def test_narrow_and_many_gaussians_do_not_underflow(u):
     np.testing.assert_allclose(gaussian_weights(x, narrow[1], narrow[0]).sum(-1), 1, atol=1e-6)
     gradient = jax.jit(jax.grad(lambda c: (gaussian_weights(x, narrow[1], c) * x).sum()))(narrow[0])
     assert np.isfinite(gradient).all()
+    for c in (0.0, 1e-30):  # a needle at the mean, in front of others and alone
+        both = np.array([c, 1.0], np.float32)
+        value, gradient = jax.jit(jax.value_and_grad(lambda c: (gaussian_weights(x, narrow[1][:2] + 0.1, c) * x).sum()))(both)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
     # Only the square of c is used.
     np.testing.assert_array_equal(gaussian_weights(x, narrow[1], -narrow[0]), gaussian_weights(x, *narrow[::-1]))
 
@@ -153,6 +157,12 @@ def test_constant_chunks_are_uniform_and_dtypes_stay():
     module = layer(2)
     assert module.weights(x).dtype == jnp.float32
     assert module(x).dtype == jnp.bfloat16
+    # Parameters of few digits are not calculated with in few digits.
+    low = layer(2, param_dtype=jnp.bfloat16)
+    wide = layer(2)
+    for head, other in zip(low.heads, wide.heads, strict=True):
+        other.delta[...], other.c[...] = (jnp.asarray(p[...], jnp.float32) for p in (head.delta, head.c))
+    np.testing.assert_array_equal(low.weights(x), wide.weights(x))
     np.testing.assert_allclose(module(x).astype(jnp.float32), module(x.astype(jnp.float32)), rtol=1e-2)
 
 
@@ -176,6 +186,31 @@ def test_padding(rng):
     np.testing.assert_allclose(w[1, 0], 1, atol=1e-6)
     gradient = jax.jit(jax.grad(lambda x: (exact(x) ** 2).sum()))(jnp.asarray(x))
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_padding_stays_padding_through_layers(rng, exact):
+    """By its value or by `where`; what it holds does not matter, and pooling leaves it out."""
+    x = jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.float32)
+    real = (jnp.arange(6) < jnp.array([[4], [6]]))[..., None]
+    padded = jnp.where(real, x, -9.0)
+    options = {"num_layers": 2, "axes": (1, 2), "num_heads": 2, "num_gaussians": 2, "exact_padding": exact}
+    by_value, by_where = (GATPoolHead(8, 3, rngs=nnx.Rngs(0), **options, **p) for p in ({"padding_value": -9.0}, {}))
+    block = by_where.block
+    y = block(padded, real)
+    np.testing.assert_array_equal(by_value.block(padded), y)
+    np.testing.assert_array_equal(y[0, 4:], padded[0, 4:])
+    first, second = block.layers
+    h = jnp.where(real, first(padded, real) + padded, padded)
+    np.testing.assert_array_equal(y, jnp.where(real, second(h, real) + h, h))
+    for got, expected in zip(block.weights(padded, real), (first.weights(padded, real), second.weights(h, real)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    pooled = jnp.stack([y[0, :4].mean(0), y[1].mean(0)])
+    np.testing.assert_allclose(by_value(padded), by_value.out(pooled), atol=1e-6)
+    np.testing.assert_array_equal(by_where(padded, real), by_value(padded))
+    assert np.isfinite(by_where(padded, jnp.zeros_like(real))).all()
+    if exact:
+        np.testing.assert_allclose(by_where(x, real), by_where(padded, real), atol=1e-6)
 
 
 def test_block(rng):
@@ -221,13 +256,24 @@ def test_pool_head(rng):
         (lambda x: layer(1, mode="exact"), "unknown mode 'exact'"),
         (lambda x: layer(0), "num_heads.*got 0"),
         (lambda x: layer(1, 0), "num_gaussians.*got 0"),
-        (lambda x: layer(1, exact_padding=True), "exact_padding.*padding_value"),
+        (lambda x: layer(2)(x, x[:, :3] > 0), r"where: \(2, 3\) does not broadcast to x \(2, 7\)"),
+        (lambda x: gaussian_weights(x, [0.0], [1.0], where=x[:, :3] > 0), r"where: \(2, 3\) does not .* u \(2, 7\)"),
+        (lambda x: gaussian_weights(x, [0.0, 1.0], [1.0]), r"delta and c: .*\(2,\) and \(1,\)"),
+        (lambda x: GaussianBlock(0, rngs=nnx.Rngs(0)), "num_layers.*got 0"),
+        (lambda x: importance_factor(x, 2), r"axis: weights \(2, 7\) have no axis 2"),
         (lambda x: GaussianBlock(3, axes=(1, 2), rngs=nnx.Rngs(0)), r"axes:.*3 layers, got \(1, 2\)"),
     ],
 )
 def test_wrong_input(call, words):
     with pytest.raises(ValueError, match=words):
         call(jnp.zeros((2, 7)))
+
+
+def test_whole_numbers_are_refused():
+    x = jnp.arange(14).reshape(2, 7)
+    for name, call in (("x", layer(2)), ("u", lambda x: gaussian_weights(x, [0.0], [1.0]))):
+        with pytest.raises(TypeError, match=rf"{name}: a floating-point array.*int32 \(2, 7\)"):
+            call(x)
 
 
 def test_the_picture_is_drawn():

@@ -1,5 +1,6 @@
 """Denoising attention over a mixture of Gaussians: its identity, its limits, its divergences."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scipy.special import digamma, gammaln
 
+from attnzoo.core.cache import init_paged_cache
 from attnzoo.core.masks import Causal, Lengths
+from attnzoo.core.merge import merge_lse
 from attnzoo.core.positions import RoPE
 from attnzoo.models.encoder import Encoder, EncoderConfig
+from attnzoo.nn.linear import dropout_arguments
 from attnzoo.zoo.normalizers.nvib_attention import (
     PAPER,
     Components,
     NVAttention,
     NVIBLayer,
-    Prior,
     Projection,
     denoising_attention_eval,
     denoising_attention_train,
@@ -266,29 +268,36 @@ def test_a_whole_model_is_reinterpreted(rng):
         nv_reinterpret(nnx.state(stacked, nnx.Param), priors[0])
 
 
-# --- sampling and divergences ----------------------------------------------------------------------------
+# --- sampling --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kappa", [1, 3])
-def test_samples(parts, kappa):
-    components = jax.tree.map(lambda x: jnp.asarray(x[:1, :4], jnp.float32), parts[1])
-    keys = jax.random.split(jax.random.key(0), 4000)
-    z, log_pi = jax.jit(jax.vmap(lambda key: sample_components(key, components, kappa)))(keys)
-    assert z.shape == (4000, kappa, 1, 4, P) and log_pi.shape == (4000, kappa, 1, 4)
-    pi = np.exp(np.float64(log_pi[:, :, 0]))
-    np.testing.assert_allclose(pi.sum((1, 2)), 1, atol=1e-4)
-    alpha = np.exp(np.float64(components.log_alpha[0]))
-    share = alpha / alpha.sum()
-    # The mean and variance of a Dirichlet, per component over its samples.
-    np.testing.assert_allclose(pi.sum(1).mean(0), share, atol=0.02)
-    np.testing.assert_allclose(pi.sum(1).var(0), share * (1 - share) / (alpha.sum() + 1), atol=5e-3)
-    first = pi[:, 0] / pi.sum(1)
-    np.testing.assert_allclose(first.mean(0), 1 / kappa, atol=0.03)
-    spread = (kappa - 1) / (kappa**2 * (alpha + 1))
-    np.testing.assert_allclose(first.var(0), spread, atol=0.01)
-    sigma = np.exp(np.asarray(components.logvar[0]) / 2)
-    np.testing.assert_allclose(z[:, 0, 0].mean(0), components.mu[0], atol=0.1 * sigma.max())
-    np.testing.assert_allclose(z[:, 0, 0].std(0) / sigma, 1, atol=0.06)
+def test_training_is_its_equations(rng):
+    """The samples of the components side by side, and each sample with dropout of its own."""
+    options = {"num_kv_heads": K, "use_bias": True, "tau_sigma": 0.5, "tau_alpha": 1.0, "sample": True, "kappa": 2}
+    mixer = NVAttention(P, N, dropout_rate=0.4, rngs=nnx.Rngs(0), **options)
+    x, seen = jnp.asarray(rng.normal(size=(B, S, P)), jnp.float32), rng.random((B, S, S)) < 0.6
+    z, log_pi = sample_components(nnx.clone(mixer.rngs)(), mixer.nvib(x), 2)
+    key = dropout_arguments(nnx.clone(mixer.dropout))["dropout_rng"]
+    q, ok = mixer.qkv.query(x), with_prior(seen)
+
+    @nnx.jit
+    def called(mixer, x):
+        return mixer(x, mask=jnp.asarray(seen)[:, None])
+
+    dropping = called(nnx.clone(mixer), x)
+    mixer.dropout.deterministic = True
+    side_by_side = [np.concatenate(np.float64(each), 1) for each in (z, log_pi)]
+    arguments = jax.tree.map(np.float64, mixer.projection)
+    plain = plain_train(np.float64(q), *side_by_side, arguments, np.concatenate([ok, ok], -1))
+    np.testing.assert_allclose(called(mixer, x), mixer.out(jnp.asarray(plain, jnp.float32)), atol=1e-5)
+    outs, lses = zip(*(
+        denoising_attention_train(
+            q, z[i], log_pi[i], mixer.projection, mask=jnp.asarray(seen)[:, None], dropout_rate=0.4,
+            dropout_rng=jax.random.fold_in(key, i),
+        )
+        for i in range(2)
+    ), strict=True)  # fmt: skip
+    np.testing.assert_allclose(dropping, mixer.out(merge_lse(outs[0], lses[0], outs[1], lses[1])[0]), atol=1e-5)
 
 
 def test_sampling_mixer(rng):
@@ -316,63 +325,6 @@ def test_sampling_mixer(rng):
     np.testing.assert_array_equal(run(mixer, x), run(closed, x))
 
 
-def official_dirichlet(a, a_p, n, kappa):
-    """The formula as it stands, in float64."""
-    length = kappa * n
-    kl = gammaln(a) - gammaln(a_p) + (a - a_p) * (digamma(a / length) - digamma(a))
-    return (kl + length * (gammaln(a_p / length) - gammaln(a / length))) / n
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kappa", [1, 2])
-def test_kl_dirichlet(rng, kappa):
-    where = np.array([[True] * 7, [True] * 4 + [False] * 3])
-    for _ in range(20):
-        log_alpha, log_p, delta = rng.normal(size=(2, 7)) * 3, rng.normal() * 3, rng.random()
-        a, n = np.where(where, np.exp(log_alpha), 0).sum(-1), where.sum(-1)
-        expected = official_dirichlet(a, np.exp(log_p) + delta * (n - 1), n, kappa)
-        got = kl_dirichlet(jnp.asarray(log_alpha), log_p, where=jnp.asarray(where), kappa=kappa, delta=delta)
-        np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-10)
-        assert (np.asarray(got) >= 0).all()
-    same = jnp.full((1, 5), math.log((np.exp(0.3) + 4) / 5))
-    np.testing.assert_allclose(kl_dirichlet(same, 0.3), 0, atol=1e-12)
-    gradient = jax.jit(jax.grad(lambda l: nvib_kl_dirichlet(l, 0.3).sum()))(same)
-    np.testing.assert_allclose(gradient, 0, atol=1e-10)
-
-
-def test_kl_dirichlet_keeps_its_digits_in_float32():
-    """Where the formula as it stands subtracts numbers of 1e10."""
-    for level in (5.0, 12.0, 20.0):
-        log_alpha = np.float32(level + np.linspace(-1, 1, 9))[None]
-        with jax.enable_x64(True):
-            expected = kl_dirichlet(jnp.asarray(log_alpha, jnp.float64), level)
-        np.testing.assert_allclose(kl_dirichlet(jnp.asarray(log_alpha), jnp.float32(level)), expected, rtol=1e-4)
-    huge = jnp.full((1, 4), 500.0)
-    value, gradient = jax.jit(jax.value_and_grad(lambda l: nvib_kl_dirichlet(l, 400.0).sum()))(huge)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
-
-
-def test_kl_gaussian(parts, rng):
-    components = jaxed(parts[1])
-    prior = Prior(*jaxed((rng.normal(size=P), rng.random(P) + 0.5, 0.0, 1.0)))
-    where = np.ones((B, S + 1), bool)
-    where[0, 4:] = False
-    var = np.exp(parts[1].logvar)
-    each = var / prior.var + (parts[1].mu - prior.mu) ** 2 / prior.var - 1 - np.log(var / prior.var)
-    alpha = np.where(where, np.exp(parts[1].log_alpha), 0)
-    for kappa in (1, 3):
-        expected = 0.5 * kappa * (alpha / alpha.sum(-1, keepdims=True) * each.mean(-1)).sum(-1)
-        got = kl_gaussian(components, prior, where=jnp.asarray(where), kappa=kappa)
-        np.testing.assert_allclose(got, expected, rtol=1e-5)
-        assert (np.asarray(got) > 0).all()
-    at_prior = Components(
-        jnp.broadcast_to(prior.mu, (B, 3, P)), jnp.broadcast_to(jnp.log(prior.var), (B, 3, P)), jnp.zeros((B, 3))
-    )
-    np.testing.assert_allclose(kl_gaussian(at_prior, prior), 0, atol=1e-6)
-    for other in (at_prior._replace(mu=at_prior.mu.at[0, 1, 2].add(0.5)), at_prior._replace(logvar=at_prior.logvar - 0.2)):
-        assert float(kl_gaussian(other, prior)[0]) > 1e-4
-
-
 def test_padding_in_the_mixer_divergence(rng):
     mixer = NVAttention(P, N, rngs=nnx.Rngs(0), tau_sigma=0.4)
     x = jnp.asarray(rng.normal(size=(1, S, P)), jnp.float32)
@@ -389,9 +341,30 @@ def test_bfloat16_components_stay_finite(rng):
     assert y.dtype == jnp.bfloat16 and bool(jnp.isfinite(y).all())
 
 
-def test_cache():
-    mixer = NVAttention(P, N, causal=True, rngs=nnx.Rngs(0))
+def test_caches(rng):
+    mixer = NVAttention(P, N, causal=True, tau_alpha=1.0, tau_sigma=0.5, rngs=nnx.Rngs(0))
     assert mixer.cache_numbers_per_token() == 2 * P + 1
+    x = jnp.asarray(rng.normal(size=(B, S, P)), jnp.float32)
+    step = nnx.jit(lambda mixer, x, cache: mixer.prefill(x, cache))
+    # In pages.
+    cache = init_paged_cache(B, S, mixer.cache_spec(), page=4)
+    _, cache = step(mixer, x[:, :5], cache)
+    np.testing.assert_allclose(step(mixer, x[:, 5:], cache)[0], run(mixer, x)[:, 5:], atol=1e-5)
+    # A slot that stands for two tokens is those two.
+    twice = jnp.concatenate([x[:, :1], x[:, :1], x[:, 1:2]], 1)
+    _, cache = step(mixer, x[:, :1], mixer.init_cache(B, 3))
+    counted = dataclasses.replace(cache, w=2 * cache.w, weighted=True)
+    np.testing.assert_allclose(step(mixer, x[:, 1:2], counted)[0], run(mixer, twice)[:, 2:], atol=1e-5)
+
+
+def test_features_that_do_not_vary(rng):
+    x = jnp.asarray(rng.normal(size=(3, S, P)), jnp.float32).at[..., 5].set(0.7)
+    for given in (x, x[:1, :1]):  # one token alone has no variance at all
+        prior = nv_empirical_prior(given, H)
+        assert (np.asarray(prior.var) > 0).all()
+        mixer = NVAttention(P, N, prior=prior, sample=True, rngs=nnx.Rngs(0))
+        assert np.isfinite(run(mixer, given)).all()
+        assert all(np.isfinite(part).all() for part in mixer.kl(given))
 
 
 @pytest.mark.parametrize(
@@ -400,6 +373,7 @@ def test_cache():
         (lambda: NVAttention(P, N, positions=RoPE(), rngs=nnx.Rngs(0)), "positions:.*rotate.*learned"),
         (lambda: NVAttention(P, N, kappa=0, rngs=nnx.Rngs(0)), "kappa.*got 0"),
         (lambda: NVIBLayer(P, H, prior=nv_empirical_prior(jnp.zeros((3, 8)), H)), r"prior:.*dim=32.*\(8,\)"),
+        (lambda: nv_empirical_prior(jnp.zeros((3, 8)), H, jnp.zeros(3, bool)), r"where:.*one of the 3 tokens.*\(3, 8\)"),
     ],
 )
 def test_wrong_arguments(call, words):
@@ -411,6 +385,12 @@ def test_wrong_projection(parts):
     q, components, projection = jaxed(parts)
     with pytest.raises(ValueError, match=r"projection:.*\(2, 5, 4, 4\).*P = 32, H = 4.*\(32, 2, 8\)"):
         denoising_attention_eval(q[..., :4], components, projection, mask=Causal())
+    alone = jax.tree.map(lambda x: x[:, :1], components)
+    for wrong in (alone, jax.tree.map(lambda x: x[:1], components), components._replace(log_alpha=components.log_alpha[:, 1:])):
+        with pytest.raises(ValueError, match=r"components: q \(2, 5, 4, 8\).*B = 2.*at least one"):
+            denoising_attention_eval(q, wrong, projection)
+        with pytest.raises(ValueError, match=r"components: q \(2, 5, 4, 8\)"):
+            denoising_attention_train(q, wrong.mu, wrong.log_alpha, projection)
 
 
 def test_the_picture_is_drawn():

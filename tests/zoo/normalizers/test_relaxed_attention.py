@@ -109,6 +109,42 @@ def test_fused_form(qkv, backend, name):
     np.testing.assert_allclose(fused, by_rows, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["full", "both"])
+def test_fused_form_at_its_ends_and_its_gradients(qkv, rng, name):
+    """Against the rows of weights themselves, on every backend that a CPU has."""
+    mask, gammas = MASKS[name], jnp.array([0.0, 0.3, 0.7, 1.0])
+    ok, upstream = jnp.asarray(cells(mask)), jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
+
+    def by_rows(q, k, v, gamma):
+        w = attention(q, k, v, mask=mask, backend="dense", return_weights=True)[1]
+        return jnp.einsum("bnts,bsnh->btnh", relax_weights(w, gamma, ok), jnp.repeat(v, N // K, axis=2))
+
+    def slopes(f, gamma):
+        return jax.jit(jax.grad(lambda *x: (upstream * f(*x)).sum(), (0, 1, 2, 3)))(*qkv, gamma)
+
+    expected = slopes(by_rows, gammas)
+    for backend in ("dense", "blockwise"):
+
+        def fused(q, k, v, gamma, backend=backend):
+            return attention(q, k, v, mask=mask, weights=Relaxed(gamma), backend=backend, block_sizes=(4, 4))
+
+        for got, wanted in zip(slopes(fused, gammas), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=2e-5)
+        for gamma in (0.0, 1.0):  # known, so that one of the two parts is left out
+            np.testing.assert_allclose(fused(*qkv, gamma), by_rows(*qkv, gamma), atol=1e-5)
+
+
+def test_fused_form_computes_no_more_than_it_has_to():
+    x = jnp.zeros((1, 512, 2, 16))
+
+    def flops(mask, **options):
+        f = jax.jit(lambda q, k, v: attention(q, k, v, mask=mask, backend="dense", **options))
+        return f.lower(x, x, x).cost_analysis()["flops"]
+
+    for mask, gamma, most in ((None, 0.3, 1.1), (Causal(), 0.0, 1.01), (Causal(), 0.3, 2.0)):
+        assert flops(mask, weights=Relaxed(gamma)) < most * flops(mask)
+
+
 def test_fused_form_holds_no_row_of_weights():
     length, block = 1024, 128
     x = jnp.zeros((1, length, 1, 4))
@@ -237,8 +273,23 @@ def test_fuzzy_relaxation(x):
     _, fixed = pair(mode="matched", gamma=0.3)
     first, second = run(fuzzy, x), run(fuzzy, x)
     assert np.abs(first - second).max() > 1e-4
+    # What is shown is the mean, and takes no draw from the calls that follow.
+    again = nnx.clone(fuzzy)
+    shown = fixed.attention_weights(x)
+    np.testing.assert_array_equal(again.attention_weights(x), shown)
+    np.testing.assert_allclose(jax.jit(lambda x: again.attention_weights(x))(x), shown, atol=1e-6)
+    np.testing.assert_array_equal(run(again, x), run(fuzzy, x))
     fuzzy.eval()
     np.testing.assert_array_equal(run(fuzzy, x), run(fixed, x))
+
+
+def test_heads_have_shares_of_their_own(x):
+    shares = (0.0, 0.1, 0.5, 1.0)
+    plain, mixer = pair(mode="matched", gamma=shares)
+    expected = relax_weights(plain.attention_weights(x), jnp.asarray(shares))
+    np.testing.assert_allclose(mixer.attention_weights(x), expected, atol=1e-6)
+    _, fuzzy = pair(mode="matched", gamma=jnp.asarray(shares), sigma=0.1)
+    assert np.isfinite(run(fuzzy, x)).all()
 
 
 def test_shallow_fusion(rng):
@@ -249,6 +300,10 @@ def test_shallow_fusion(rng):
     # What a model adds to all its logits does not matter.
     np.testing.assert_allclose(shallow_fusion_logits(dec + 5, lm - 7, 0.4), fused, atol=1e-5)
     np.testing.assert_allclose(shallow_fusion_logits(dec, lm, 0.0), jax.nn.log_softmax(dec), atol=1e-6)
+    # A language model that excludes tokens excludes none where it does not count.
+    excluding = lm.at[:, 2].set(-jnp.inf)
+    np.testing.assert_allclose(shallow_fusion_logits(dec, excluding, jnp.zeros(())), jax.nn.log_softmax(dec), atol=1e-6)
+    assert np.isneginf(shallow_fusion_logits(dec, excluding, 0.4)[:, 2]).all()
     with pytest.raises(ValueError, match=r"lm_logits.*\(3, 11\).*\(3, 10\)"):
         shallow_fusion_logits(dec, lm[:, :10], 0.4)
 
@@ -256,7 +311,9 @@ def test_shallow_fusion(rng):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gamma": 1.5}, r"gamma: must be in \[0, 1\], got 1.5"),
+        ({"gamma": 1.5}, r"gamma: must be in \[0, 1\].*got 1.5"),
+        ({"gamma": jnp.array([0.1, 1.2, 0.1, 0.1])}, r"gamma: must be in \[0, 1\]"),
+        ({"gamma": (0.1, 0.2)}, r"gamma: .*each of 4 heads.*got \(0.1, 0.2\)"),
         ({"mode": "matching"}, "unknown mode 'matching'.*'matched'"),
         ({"where": "crosses"}, "unknown where 'crosses'.*'cross'"),
         ({"sigma": -0.1}, "sigma.*-0.1"),
@@ -271,5 +328,12 @@ def test_wrong_weights(rows):
     w, ok = rows
     with pytest.raises(ValueError, match=r"mask.*\(7, 8\).*\(2, 4, 7, 9\)"):
         relax_weights(w, 0.1, ok[0, 0, :, :-1])
-    with pytest.raises(ValueError, match=r"gamma.*-0.1"):
-        relax_weights(w, -0.1, ok)
+    for gamma in (-0.1, np.float32(1.5), jnp.array(1.5), jnp.full(N, -0.1), jnp.full((N, 1), 0.1)):
+        with pytest.raises(ValueError, match=r"gamma: must be in \[0, 1\], a number or one per head"):
+            relax_weights(w, gamma, ok)
+        with pytest.raises(ValueError, match=r"gamma: must be in \[0, 1\], a number or one per head"):
+            attention(*(jnp.zeros((1, 3, N, 2)),) * 3, weights=Relaxed(gamma))
+    with pytest.raises(ValueError, match=r"gamma: weights \(2, 1, 7, 9\) need a number or \(1,\), got \(4,\)"):
+        relax_weights(w[:, :1], jnp.full(4, 0.1))
+    with pytest.raises(ValueError, match=r"weights: relaxed softmax mixes by \(4,\) numbers.*each of 1 heads"):
+        attention(*(jnp.zeros((1, 3, 1, 2)),) * 3, weights=Relaxed(jnp.full(4, 0.1)))

@@ -10,7 +10,8 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from attnzoo.core.cache import cache_bytes
-from attnzoo.core.masks import Array, Causal, Lengths, Segments, SlidingWindow
+from attnzoo.core.cells import Geometry
+from attnzoo.core.masks import Array, Blocks, Causal, Lengths, Mask, Segments, SlidingWindow, Stripes
 from attnzoo.core.positions import RoPE, grid_positions
 from attnzoo.costs import evaluate, sizes
 from attnzoo.nn.feed_forward import MLP
@@ -31,7 +32,7 @@ from attnzoo.zoo.projections.transformer import MultiHeadAttention
 
 B, T, D, N, F = 2, 6, 16, 4, 2
 run = nnx.jit(lambda mixer, x, **options: mixer(x, **options))
-prefill = nnx.jit(lambda mixer, x, cache, lengths=None: mixer.prefill(x, cache, lengths=lengths))
+prefill = nnx.jit(lambda mixer, x, cache: mixer.prefill(x, cache))
 
 
 def build(factor=F, bias=True, **options):
@@ -137,6 +138,8 @@ def test_a_token_sees_all_its_sub_tokens_and_nothing_ahead(x):
         Segments(jnp.array([0, 0, 1, 1, 1, 2])),
         Array(jnp.asarray(np.random.default_rng(0).random((B, 1, T, T)) < 0.5)),
         streaming_chunk_mask(2, 1),
+        Blocks(jnp.array([[True, False, True], [False, True, False]]), 3, 2),
+        Causal() & Blocks(jnp.asarray(np.random.default_rng(2).random((B, 1, 3, 2)) < 0.5), 2, 3),
     ],
     ids=str,
 )
@@ -146,6 +149,13 @@ def test_masks_are_lifted_cell_by_cell(inner):
     np.testing.assert_array_equal(np.broadcast_to(lifted, (B, 1, T * F, T * F)), tokens.repeat(F, 2).repeat(F, 3))
     made = Folded(inner, F).block_map(T * F, block_q=4, block_k=3, batch=B)
     assert made.exact
+
+
+def test_tiles_that_a_mask_knows_are_skipped():
+    columns, f = Stripes(jnp.array([0])), Geometry(1, 1, 1, T * F, T * F)
+    np.testing.assert_array_equal(Folded(columns, F).tile_states(f, 6, 4)[0, 0], [[1, 0, 0]] * 2)
+    # Tiles that cut tokens through are all asked.
+    np.testing.assert_array_equal(Folded(columns, F).tile_states(f, 3, 4), Mask.tile_states(columns, f, 3, 4))
 
 
 @pytest.mark.parametrize("form", ["object", "array", "function"])
@@ -199,6 +209,23 @@ def test_streaming_by_chunks_is_the_full_forward(rng, left):
         y, cache = prefill(mixer, x[:, first : first + 2], cache)
         outputs.append(y)
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), full, atol=1e-5)
+
+
+def test_streaming_goes_on_at_the_ends_of_chunks(x):
+    mixer = build(streaming=(2, 1))
+    _, cache = prefill(mixer, x[:, :3], mixer.init_cache(B, T))
+    with pytest.raises(ValueError, match=r"x: streaming goes on where a chunk of 2 tokens ends.*had \[3, 3\]"):
+        mixer.prefill(x[:, 3:], cache)
+    with pytest.raises(ValueError, match=r"x: tokens see to the end of their chunk of 2"):
+        mixer.step(x[:, 3:4], cache)
+    # What sees nothing ahead goes on anywhere.
+    for options in ({"causal": True}, {"strict_subtoken_causal": True}):
+        mixer = build(streaming=(2, 1), **options)
+        cache, outputs = mixer.init_cache(B, 3), []
+        for t in range(3):
+            y, cache = mixer.step(x[:, t : t + 1], cache)
+            outputs.append(y)
+        np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), run(mixer, x[:, :3]), atol=1e-5)
 
 
 def test_streaming_mask():
@@ -265,13 +292,28 @@ def test_it_pays_up_to_the_break_even(factor):
     assert counted(factor, even) == counted(1, even)
     assert counted(factor, even - 1) < counted(1, even - 1)
     assert counted(factor, even + 1) > counted(1, even + 1)
-    mixer = FoldingAttention(D, N, factor=factor, rngs=nnx.Rngs(0))
-    with pytest.warns(UserWarning, match=f"above {even} tokens; here are {even + 1}"):
-        jax.eval_shape(mixer, jnp.zeros((1, even + 1, D)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        jax.eval_shape(mixer, jnp.zeros((1, even, D)))
-        jax.eval_shape(FoldingAttention(D, N, factor=1, rngs=nnx.Rngs(0)), jnp.zeros((1, 3 * D, D)))
+
+    def warned(mixer, length, memory=None):
+        x = jnp.zeros((1, length, D))
+        given = {} if memory is None else {"memory": jnp.zeros((1, memory, D))}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            jax.eval_shape(lambda: mixer(x, **given))
+        return [str(w.message) for w in caught]
+
+    mixer = build(factor)
+    assert f"here {even + 1} tokens see up to {even + 1} each, and it pays up to {even}" in warned(mixer, even + 1)[0]
+    assert not warned(mixer, even) and not warned(build(1), 3 * D)
+    # A stream sees its chunks alone, whatever it has been given.
+    assert not warned(build(factor, streaming=(3, 0)), 3 * even)
+    # Few queries save less: of a memory of S tokens, T queries pay while T S < (T + S) D / F.
+    each = D // factor
+    assert not warned(mixer, each // 2, each) and not warned(mixer, 2 * each, 2 * each)
+    assert warned(mixer, 2 * each, 2 * each + 1)
+    causal = build(factor, causal=True)
+    cache = causal.init_cache(1, even + 1)
+    with pytest.warns(UserWarning, match=f"here 1 tokens see up to {even + 1} each, and it pays up to {even}"):
+        jax.eval_shape(lambda: causal.step(jnp.zeros((1, 1, D)), cache))
 
 
 # --- blocks, bad input -----------------------------------------------------------------------------------
@@ -290,8 +332,12 @@ def test_blocks(x):
     y, _ = block(x)
     h = x + block.mixer(block.mixer_norm(x))
     np.testing.assert_allclose(y, h + block.feed_forward(block.feed_forward_norm(h)), atol=1e-5)
-    streaming = FoldedBlock(D, N, hidden, mixer_args={"streaming": (2, 1)}, rngs=nnx.Rngs(0))
-    assert streaming.mixer.own_mask.left_chunks == 1
+    low = FoldedBlock(
+        D, N, hidden, mixer_args={"streaming": (2, 1)}, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    assert low.mixer.own_mask.left_chunks == 1
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(low, nnx.Param))} == {jnp.dtype(jnp.bfloat16)}
+    assert {part(x).dtype for part in (low.mixer, low.feed_forward)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(
@@ -305,6 +351,21 @@ def test_blocks(x):
         (lambda: unfold_tokens(jnp.zeros((2, 5, 3)), 2), "factor: 5 sub-tokens"),
         (lambda: StreamingChunks(0, 1), r"StreamingChunks\(chunk=0, left_chunks=1\)"),
         (lambda: Folded(Causal(), 2).dense(5), "Folded: T=5 and S=5 .* whole tokens of 2"),
+        (lambda: FoldingAttention(24, 6, factor=4, rngs=nnx.Rngs(0)), "factor: the 6 heads .* among 4 sub-tokens"),
+        (lambda: FoldingAttention(30, 10, factor=3, rngs=nnx.Rngs(0)), "factor: the 10 heads .* among 3 sub-tokens"),
+        (lambda: build(strict_subtoken_causal=True), "strict_subtoken_causal: .* causal or streaming"),
+        (lambda: build(streaming=(2, 1))(jnp.zeros((1, 2, D)), memory=jnp.zeros((1, 3, D))), "memory"),
+        (
+            lambda: build().init_cache(1, 2, memory=jnp.zeros((1, 3, D)), memory_mask=jnp.ones((1, 2), bool)),
+            r"memory_mask: .* memory \(1, 3, 16\) is needed: \(1, 3\), got \(1, 2\)",
+        ),
+        (
+            lambda: FoldingAttention.like(MultiHeadAttention(D, N, rngs=nnx.Rngs(0))),
+            "mixer: the matrices of MultiHeadAttention",
+        ),
+        (lambda: folding_counts(16, 32, 3, 4), "factor: tokens of dim=16 .* got 3"),
+        (lambda: folding_counts(16, 33, 2, 4), "factor: hidden=33 .* got 2"),
+        (lambda: folding_counts(16, 32, 0, 4), "factor: .* got 0"),
     ],
 )
 def test_bad_arguments(call, words):
