@@ -12,7 +12,7 @@ from rich.table import Table
 
 from train.claim import ClaimConfig, run_claim
 from train.compare import compare, table
-from train.config import Config, differences, smoke
+from train.config import Config, absolute_paths, differences, smoke
 from train.generate import GenerateConfig, generate
 from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
@@ -33,6 +33,7 @@ examples:
   attnzoo train --mixer transformer --mixer.num-kv-heads 1
   attnzoo train --mixer value_residual --steps 800 --seed 1
   attnzoo train --task digits
+  attnzoo train --data.path "texts/*.jsonl" --data.field body --data.tokenizer tokenizer.json --data.pack
   attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
@@ -164,7 +165,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     mixer = _option(line, "--mixer") or default.mixer
     description = f"{_TRAIN}\narguments of the mixer {mixer}:\n{describe_mixer_args(mixer)}"
     command = _parse(TrainCommand, line, "train", description, TrainCommand(config=default))
-    config = smoke(command.config) if command.smoke else command.config
+    config = absolute_paths(smoke(command.config) if command.smoke else command.config)
     if taken:
         config = replace(config, mixer_args={**config.mixer_args, **parse_mixer_args(config.mixer, taken)})
     changed = differences(stored, config) if stored else []
@@ -189,7 +190,7 @@ def compare_main(argv: Sequence[str]) -> int:
         return _suite_main(argv)
     defaults = task_class(_option(argv, "--task") or Config.task).defaults()
     command = _parse(CompareCommand, argv, "compare", _COMPARE, CompareCommand(defaults, tyro.MISSING))
-    config = smoke(command.config) if command.smoke else command.config
+    config = absolute_paths(smoke(command.config) if command.smoke else command.config)
     folder = Path(command.out).expanduser() if command.out else free_folder(f"compare-{config.task}")
     console = Console()
     try:
