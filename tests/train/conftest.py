@@ -42,7 +42,7 @@ def tiny() -> Config:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def line():
     """The command line of a tiny run, as words, with further options."""
     return lambda text="": [*TINY.split(), *text.split()]
@@ -140,7 +140,9 @@ def bpe_file(tmp_path_factory, sentences) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.enable_truncation(8)
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"

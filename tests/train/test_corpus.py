@@ -20,7 +20,9 @@ def write(folder: Path, kind: str, texts=TEXTS, field="text") -> Path:
     path = folder / f"texts.{kind}"
     records = [{field: text, "number": i} for i, text in enumerate(texts)]
     if kind == "jsonl":
-        path.write_text("".join(json.dumps(r, ensure_ascii=bool(i % 2)) + "\n" for i, r in enumerate(records)), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(r, ensure_ascii=bool(i % 2)) + "\n" for i, r in enumerate(records)), encoding="utf-8"
+        )
     elif kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -113,7 +115,7 @@ def test_a_field_by_another_name(tmp_path):
     path = write(tmp_path, "jsonl", field="body")
     assert documents(opened(path).train) == documents(opened(path, field="body").train)
     for kind in ("jsonl", "parquet"):
-        with pytest.raises(ValueError, match="--data.field: unknown field of .* 'boddy': did you mean 'body'"):
+        with pytest.raises(ValueError, match=r"--data.field: unknown field of .* 'boddy': did you mean 'body'"):
             opened(write(tmp_path, kind, field="body"), field="boddy")
         with pytest.raises(ValueError, match=r"'number' of .* does not hold text; its fields: body \(text\), number"):
             opened(write(tmp_path, kind, field="body"), field="number")
@@ -142,8 +144,8 @@ def test_a_long_text_is_encoded_in_pieces(tmp_path, monkeypatch, bpe_file):
 
 
 CORRUPT = {
-    "jsonl": [b'{"text": "cut', b"[1, 2]", b'{"text": 3}', b'{"text": null}', b"{}", b'{"text": "\xff"}', b'{"text": "\\ud800"}',
-              b'{"text": "\\u0000"}'],
+    "jsonl": [b'{"text": "cut', b"[1, 2]", b'{"text": 3}', b'{"text": null}', b"{}", b'{"text": "\xff"}',
+              b'{"text": "\\ud800"}', b'{"text": "\\u0000"}'],
     "txt": [b"\xff\xfe", b"zero \0 byte", b"caf\xe9"],
 }  # fmt: skip
 
@@ -233,12 +235,12 @@ def test_files_that_cannot_be_used(name, content, words, tmp_path):
 
 def test_a_text_file_has_no_fields(tmp_path):
     (tmp_path / "a.txt").write_text("text\n" * 20)
-    with pytest.raises(ValueError, match="--data.field: a text file has no fields, got 'body'"):
+    with pytest.raises(ValueError, match=r"--data.field: a text file has no fields, got 'body'"):
         opened(tmp_path, field="body")
 
 
 def test_validation_files_need_a_path(data_dir):
-    with pytest.raises(ValueError, match="--data.validation: goes with --data.path"):
+    with pytest.raises(ValueError, match=r"--data.validation: goes with --data.path"):
         open_corpus(DataConfig(validation="a.txt"), Bytes())
 
 
