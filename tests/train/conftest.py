@@ -157,7 +157,7 @@ def sentencepiece_file(tmp_path_factory, sentences) -> Path:
 
     prefix = tmp_path_factory.mktemp("sentencepiece") / "pieces"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_prefix=str(prefix), vocab_size=300, model_type="bpe", byte_fallback=True,
+        sentence_iterator=iter(sentences), model_prefix=str(prefix), vocab_size=400, model_type="bpe", byte_fallback=True,
         eos_id=-1, minloglevel=2,
     )  # fmt: skip
     return prefix.with_suffix(".model")

@@ -31,7 +31,7 @@ def test_an_end_has_no_text(tokenizer):
 def test_where_the_end_comes_from(bpe_file, sentencepiece_file):
     bpe, pieces = load_tokenizer(str(bpe_file)), load_tokenizer(str(sentencepiece_file))
     assert (bpe.end, bpe.vocab_size) == (0, 400)  # its <|endoftext|>
-    assert (pieces.end, pieces.vocab_size) == (300, 301)  # one id more than the file has
+    assert (pieces.end, pieces.vocab_size) == (400, 401)  # one id more than the file has
 
 
 def test_bytes_that_are_no_text():
@@ -50,9 +50,9 @@ def test_fingerprints_tell_files_apart(bpe_file, tmp_path):
     ("name", "content", "words"),
     [
         ("missing.json", None, "there is no file"),
-        ("a.json", b"", "is not a tokenizer.json"),
+        ("a.json", b"", "is empty"),
         ("a.json", b'{"vocab": 3}', "is not a tokenizer.json"),
-        ("a.model", b"", "is not a SentencePiece model"),
+        ("a.model", b"", "is empty"),
         ("a.model", b"something else", "is not a SentencePiece model"),
         ("vocab.txt", b"a\nb\n", "known are .json"),
     ],

@@ -158,7 +158,7 @@ def held_out(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
 def _cut(text: str, size: int) -> tuple[str, str]:
     """The text in two: the second part has at most `size` characters or half of them, and begins a line if it can."""
     start = len(text) - max(1, min(size, len(text) // 2))
-    line = text.find("\n", start, len(text) - 1) + 1
+    line = text.find("\n", start - 1, len(text) - 1) + 1
     at = line or start
     return text[:at], text[at:]
 

@@ -1,6 +1,7 @@
 """Texts out of files: what can be read is read, what cannot is counted."""
 
 import codecs
+import contextlib
 import itertools
 import json
 from collections import Counter
@@ -195,7 +196,8 @@ def read_array_record(path: Path, field: Field, tally: Tally) -> Iterator[str]:
         records = itertools.chain([first], records)
         yield from documents(_values(records, field, tally, str(path)) if _is_object(first) else records, tally)
     finally:
-        reader.close()
+        with contextlib.suppress(RuntimeError):  # closing reports once more what was wrong
+            reader.close()
 
 
 def _array_records(reader: Any, tally: Tally) -> Iterator[bytes]:

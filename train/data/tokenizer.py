@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,7 +107,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == BYTES:
         return Bytes()
     path = Path(spec).expanduser()
-    kinds = {".json": HuggingFace, ".model": SentencePiece}
+    kinds: dict[str, Callable[[Path, bytes], Tokenizer]] = {".json": HuggingFace, ".model": SentencePiece}
     if not path.is_file():
         raise ValueError(
             f"--data.tokenizer: there is no file {spec!r}; give 'bytes', the path of a tokenizer.json (Hugging Face's "
@@ -118,7 +118,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
             f"--data.tokenizer: {path} ends in {path.suffix!r}; known are .json (Hugging Face's tokenizers) and .model "
             "(SentencePiece)"
         )
-    return kinds[path.suffix](path, path.read_bytes())
+    content = path.read_bytes()
+    if not content:
+        raise ValueError(f"--data.tokenizer: {path} is empty")
+    return kinds[path.suffix](path, content)
 
 
 def optional(module: str, wanted_by: str) -> Any:

@@ -40,7 +40,8 @@ class Text(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        if config.data.pack and not catalog.mixer(config.mixer).packs:
+        mixer: Any = catalog.mixer(config.mixer)
+        if config.data.pack and not mixer.packs:
             raise ValueError(
                 f"--data.pack: the mixer {config.mixer!r} mixes tokens by more than attention under a mask, so documents "
                 "in one row would see each other; leave --data.pack out, or take another mixer"
