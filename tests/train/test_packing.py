@@ -46,11 +46,11 @@ def test_every_token_is_predicted_once_from_the_one_before_it(sizes):
 
 
 def test_best_fit(rng):
-    sizes = rng.integers(1, 33, 500)
+    sizes = rng.integers(1, 17, 500)
     rows = best_fit(sizes, 32)
     filled = np.bincount(rows, weights=sizes)
     assert filled.max() <= 32 and filled.min() > 0
-    assert len(filled) <= 1.03 * sizes.sum() / 32 + 1
+    assert len(filled) <= sizes.sum() / 32 + 1  # nothing but the last row is left open
     np.testing.assert_array_equal(best_fit(np.array([2, 3, 5]), 5), [1, 1, 0])
 
 
