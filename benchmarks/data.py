@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
         epilog="examples:\n  attnzoo bench data\n  attnzoo bench data --megabytes 1 --rounds 1 --out /tmp/data.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--megabytes", type=float, default=4.0, help="text in each file source (default: 4)")
+    parser.add_argument("--megabytes", type=float, default=2.0, help="text in each file source (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, of which the median counts (default: 3)")
     parser.add_argument("--batches", type=int, default=500, help="batches per measurement of serving (default: 500)")
     parser.add_argument("--out", type=Path, default=RESULTS / "data.json", help="where the JSON goes")

@@ -7,8 +7,10 @@ import optax
 import pytest
 from flax import nnx
 
+from train.config import MeshConfig
 from train.data.corpus import Split
 from train.data.rows import Cover, Packed, best_fit
+from train.sharding import make_mesh, on_mesh
 from train.tasks import make_task
 from train.tasks.text import Text, _cross_entropy
 from train.trainer import Trainer
@@ -126,9 +128,6 @@ def test_padding_is_not_learned(packing):
 
 
 def test_bits_per_byte_of_packed_validation(packing):
-    from train.config import MeshConfig
-    from train.sharding import make_mesh
-
     config = packing()
     task = make_task(config)
     trainer = Trainer(task, config, make_mesh(MeshConfig()))
@@ -140,6 +139,20 @@ def test_bits_per_byte_of_packed_validation(packing):
     held_out = task.dataset.validation
     assert everything["where"].sum() == len(held_out.stream) - 1
     assert score["bits_per_byte"] == pytest.approx(bits / (held_out.text_bytes + len(held_out.ends)), rel=1e-4)
+
+
+def test_packed_steps_on_a_mesh(packing):
+    losses = []
+    for mesh_config in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
+        config = packing(mesh=mesh_config)
+        task, mesh = make_task(config), make_mesh(mesh_config)
+        trainer = Trainer(task, config, mesh)
+        state, batches = trainer.init(), task.step_batches()
+        with on_mesh(mesh):
+            for step in range(3):
+                state, metrics = trainer.train_step(state, trainer.put(batches[step]))
+                losses.append(float(metrics["loss"]))
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
 
 
 def test_a_mixer_that_looks_past_the_mask_is_refused(packing):

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from train.config import DataConfig
 from train.data.records import Tally
@@ -105,10 +107,16 @@ def _load_split(folder: Path, name: str, about: dict[str, Any]) -> Split:
 
 def _prepare(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     tally = Tally()
-    with making(folder) as scratch:
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    display = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with making(folder) as scratch, display:
+        bar = display.add_task("", total=None)
         writers = {name: _Writer(scratch, name, tokenizer) for name in ("train", "validation")}
         for name, text in _split(source, tally):
-            writers[name].add(text)
+            if writers[name].add(text):
+                size = sum(writer.text_bytes for writer in writers.values())
+                display.update(bar, description=f"encoding {source.name}: {size / 1e6:,.0f} MB of text")
         splits = {name: writer.close() for name, writer in writers.items()}
         empty = [name for name, about in splits.items() if about["tokens"] <= 1]
         if empty:
@@ -176,12 +184,15 @@ class _Writer:
         self.tokens = 0
         self._append(np.array([tokenizer.end]))
 
-    def add(self, text: str) -> None:
+    def add(self, text: str) -> bool:
+        """Whether it wrote what was waiting, rather than let it wait for more."""
         self.waiting.append(text)
         self.waiting_size += len(text)
         self.text_bytes += len(text.encode())
-        if self.waiting_size >= _PIECE:
+        full = self.waiting_size >= _PIECE
+        if full:
             self._flush()
+        return full
 
     def close(self) -> dict[str, Any]:
         self._flush()
