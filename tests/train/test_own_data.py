@@ -133,6 +133,17 @@ def test_a_batch_is_a_function_of_its_step(tiny, replaced):
         np.testing.assert_array_equal(value, last[name])
 
 
+def test_a_position_holds_for_any_number_of_processes(tiny):
+    task = make_task(tiny)
+    one, second = iter(task.batches()), iter(task.batches(1, 2))
+    for _ in range(5):
+        next(one), next(second)
+    assert one.get_state() == second.get_state()
+    resumed = iter(task.batches(1, 2))
+    resumed.set_state(one.get_state())
+    np.testing.assert_array_equal(next(resumed)["tokens"], next(one)["tokens"][4:])
+
+
 def test_processes_that_do_not_divide_the_batch(tiny):
     with pytest.raises(ValueError, match="--batch: 8 examples do not divide over 3 processes"):
         make_task(tiny).step_batches(0, 3)
