@@ -14,7 +14,7 @@ from rich.table import Table
 from train import processes
 from train.claim import ClaimConfig, run_claim
 from train.compare import compare, table
-from train.config import Config, differences, smoke
+from train.config import Config, absolute_paths, differences, smoke
 from train.export import ExportConfig, export
 from train.generate import GenerateConfig, generate
 from train.launch import launch
@@ -35,6 +35,7 @@ examples:
   attnzoo train --mixer transformer --mixer.num-kv-heads 1
   attnzoo train --mixer value_residual --steps 800 --seed 1
   attnzoo train --task digits
+  attnzoo train --data.path "texts/*.jsonl" --data.field body --data.tokenizer tokenizer.json --data.pack
   attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
   attnzoo train --processes 2 --mesh.data 8 --batch 64
   srun attnzoo train --mesh.fsdp 64 --batch 512 --out /shared/run
@@ -199,7 +200,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     mixer = _option(line, "--mixer") or default.mixer
     description = f"{_TRAIN}\narguments of the mixer {mixer}:\n{describe_mixer_args(mixer)}"
     command = _parse(TrainCommand, line, "train", description, TrainCommand(config=default))
-    config = smoke(command.config) if command.smoke else command.config
+    config = absolute_paths(smoke(command.config) if command.smoke else command.config)
     if taken:
         config = replace(config, mixer_args={**config.mixer_args, **parse_mixer_args(config.mixer, taken)})
     if command.processes < 1:
@@ -235,7 +236,7 @@ def compare_main(argv: Sequence[str]) -> int:
         return _suite_main(argv)
     defaults = task_class(_option(argv, "--task") or Config.task).defaults()
     command = _parse(CompareCommand, argv, "compare", _COMPARE, CompareCommand(defaults, tyro.MISSING))
-    config = smoke(command.config) if command.smoke else command.config
+    config = absolute_paths(smoke(command.config) if command.smoke else command.config)
     folder = Path(command.out).expanduser() if command.out else free_folder(f"compare-{config.task}")
     console = Console()
     try:

@@ -1,6 +1,7 @@
 """What a run is made of: typed, printable, and the same from the command line, from JSON and from Python."""
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,18 @@ class DataConfig:
 
     name: str = "python_topics"
     """A data set that comes along (python_topics, scikit_digits), or any TFDS name."""
+    path: str | None = None
+    """Texts of your own instead: a file, a folder or a glob (in quotes) of .txt, .md, .rst, .jsonl, .parquet, .array_record."""
+    validation: str | None = None
+    """Files to validate on, with --data.path; by default a tenth of its texts."""
+    field: str | None = None
+    """Field of a record that holds the text; by default text, or the only one that does."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a tokenizer.json (Hugging Face) or .model (SentencePiece)."""
+    pack: bool = False
+    """Pack whole documents into examples, in which no document sees another."""
+    max_corrupt: float = 0.01
+    """Largest share of records that may be unreadable; they are skipped and counted."""
     dir: str | None = None
     """Folder of prepared data sets; by default attnzoo/data in your cache folder."""
     context: int = 128
@@ -152,6 +165,8 @@ class Config:
                 raise ValueError(f"--{name}: must be at least 1, got {value}")
         if self.checkpoint.best < 0:
             raise ValueError(f"--checkpoint.best: must be at least 0, got {self.checkpoint.best}")
+        if not 0 <= self.data.max_corrupt <= 1:
+            raise ValueError(f"--data.max-corrupt: is a share, 0 to 1, got {self.data.max_corrupt:g}")
 
     def as_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; `from_json` is the way back."""
@@ -168,6 +183,15 @@ def smoke(config: Config) -> Config:
         eval=dataclasses.replace(config.eval, every=steps, sample=min(config.eval.sample, 40)),
         checkpoint=dataclasses.replace(config.checkpoint, every=max(1, steps // 2)),
     )
+
+
+def absolute_paths(config: Config) -> Config:
+    """With the paths of data as they read from anywhere, so that the run can be resumed from anywhere."""
+    data = config.data
+    given = {name: getattr(data, name) for name in ("path", "validation", "tokenizer", "dir")}
+    paths = {name: value for name, value in given.items() if value is not None and (name, value) != ("tokenizer", "bytes")}
+    absolute = {name: os.path.abspath(os.path.expanduser(value)) for name, value in paths.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **absolute))
 
 
 def from_json(values: Mapping[str, Any], cls: type = Config, path: str = "") -> Any:
@@ -223,7 +247,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # What may change when a run is resumed without making it another run. A mesh of another shape keeps the
 # mathematics but not the last bit of every sum.
-RESUMABLE = ("mesh.", "eval.", "checkpoint.", "data.dir", "log_every")
+# The data and the tokenizer may lie elsewhere: their content is compared, not their place.
+RESUMABLE = (
+    "mesh.", "eval.", "checkpoint.", "data.dir", "data.path", "data.validation", "data.tokenizer", "data.max_corrupt",
+    "log_every",
+)  # fmt: skip
 
 
 def differences(stored: Config, asked: Config) -> list[str]:

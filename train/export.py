@@ -36,5 +36,6 @@ def export(config: ExportConfig) -> Path:
         about = checkpoints.about(step)
     finally:
         checkpoints.close()
-    save_weights(load_model(checkpoint), path, config=about, dtype=config.dtype)
+    model, _ = load_model(checkpoint)
+    save_weights(model, path, config=about, dtype=config.dtype)
     return path

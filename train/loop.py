@@ -34,6 +34,7 @@ class Result:
     score: validation metrics. baselines: name -> the same metric. step_seconds: median of a training step,
     None if too few were timed. seconds: of this process's part of the run. sample: (title, text).
     Of several processes only the first has baselines and a sample.
+    records: of the data, where they are counted. skipped: reason -> how many of them could not be read.
     """
 
     folder: Path
@@ -45,6 +46,8 @@ class Result:
     step_seconds: float | None
     seconds: float
     sample: tuple[str, str]
+    records: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
@@ -74,7 +77,9 @@ def train(config: Config, folder: Path, *, resume: bool = False, console: Consol
         mesh = make_mesh(config.mesh)
         check_batch(config.batch, task.context, mesh)
         trainer = Trainer(task, config, mesh)
-        about = About.now(config, task.dataset.name, task.dataset.fingerprint)
+        if resume:  # before the data are encoded with another tokenizer
+            open_run(folder).check_tokenizer(task.tokenizer_fingerprint)
+        about = About.now(config, task.dataset.name, task.dataset.fingerprint, task.tokenizer_fingerprint)
     processes.same({"configuration": json.dumps(about.config.as_json()), "data set": about.data["fingerprint"]})
     with processes.together():
         if resume:
@@ -122,7 +127,9 @@ class _Run:
         steps = self.checkpoints.steps()
         if not steps:
             return self.trainer.init(), 0
-        About.from_json(self.checkpoints.about(steps[-1])).check_data(self.about.data["fingerprint"])
+        stored = About.from_json(self.checkpoints.about(steps[-1]))
+        stored.check_tokenizer(self.task.tokenizer_fingerprint)
+        stored.check_data(self.about.data["fingerprint"])
         state = self.checkpoints.restore(steps[-1], self.trainer.abstract, self.trainer.shardings, self.data)
         return state, steps[-1]
 
@@ -197,7 +204,8 @@ class _Run:
     def _evaluate(self, display: RunDisplay) -> None:
         self.score = self.trainer.evaluate(self.state, self.task.validation_batches())
         self.scored = self.step
-        self.metrics.write(self.step, {f"validation/{name}": value for name, value in self.score.items()})
+        scores = {f"validation/{name}": value for name, value in self.score.items()}
+        self.metrics.write(self.step, {**scores, "data/skipped_records": self.task.tally.skipped.total()})
         display.score(f"validation {self.score[self.task.metric]:.3f} {self.task.quality}")
 
     def _quality(self) -> float | None:
@@ -248,6 +256,8 @@ class _Run:
             step_seconds=statistics.median(self.seconds_per_step) if self.seconds_per_step else None,
             seconds=time.monotonic() - began,
             sample=sample,
+            records=self.task.tally.records,
+            skipped=dict(self.task.tally.skipped),
         )
         if shown:
             write_atomically(self.folder / "result.json", json.dumps(result.as_json(), indent=1) + "\n")

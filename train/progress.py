@@ -19,9 +19,10 @@ def print_header(console: Console, config: Config, folder: Path) -> None:
     model = config.model
     arguments = "".join(f" {name}={value}" for name, value in config.mixer_args.items())
     console.print(
-        f"[bold]{config.task}[/] on {config.data.name}: {model.num_layers} layers of {config.mixer}{arguments}, "
-        f"width {model.dim}, {model.num_heads} heads; {config.steps} steps of {config.batch}; "
-        f"mesh {describe(config.mesh)}{_spread()}; seed {config.seed}\nwriting to {folder}",
+        f"[bold]{config.task}[/] on {config.data.path or config.data.name}: "
+        f"{model.num_layers} layers of {config.mixer}{arguments}, width {model.dim}, {model.num_heads} heads; "
+        f"{config.steps} steps of {config.batch}; mesh {describe(config.mesh)}{_spread()}; seed {config.seed}\n"
+        f"writing to {folder}",
         highlight=False,
         soft_wrap=True,
     )

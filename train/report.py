@@ -1,6 +1,7 @@
 """What `attnzoo train` prints at the end."""
 
 import shlex
+from collections import Counter
 
 from rich.console import Console
 from rich.panel import Panel
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.config import Config
+from train.data.records import Tally
 from train.loop import Result
 from train.tasks import task_class
 
@@ -24,6 +26,9 @@ def print_result(console: Console, config: Config, result: Result) -> None:
     console.print(table)
     title, text = result.sample
     console.print(Panel(Text(text), title=title, title_align="left"))
+    if result.skipped:
+        skipped = Tally(result.records, Counter(result.skipped)).describe()
+        console.print(f"[yellow]data: {skipped}[/]", highlight=False, soft_wrap=True)
     timing = f"{result.seconds:.0f} s in all"
     if result.step_seconds is not None:
         timing += f", {1000 * result.step_seconds:.0f} ms per step"

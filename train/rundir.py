@@ -10,6 +10,7 @@ from typing import Any
 
 from train.checkpoint import Checkpoints
 from train.config import Config, from_json
+from train.data.tokenizer import BYTES
 from train.metrics import write_atomically
 
 CONFIG = "config.json"
@@ -26,9 +27,11 @@ class About:
     versions: dict[str, str]
 
     @staticmethod
-    def now(config: Config, data_name: str, fingerprint: str) -> "About":
+    def now(config: Config, data_name: str, fingerprint: str, tokenizer: str | None = None) -> "About":
+        """tokenizer: its fingerprint, for text."""
         versions = {name: version(name) for name in ("jax", "flax", "optax", "grain")}
-        return About(config, {"name": data_name, "fingerprint": fingerprint}, {"python": platform.python_version(), **versions})
+        data = {"name": data_name, "fingerprint": fingerprint} | ({} if tokenizer is None else {"tokenizer": tokenizer})
+        return About(config, data, {"python": platform.python_version(), **versions})
 
     def as_json(self) -> dict[str, Any]:
         return {"config": self.config.as_json(), "data": self.data, "versions": self.versions}
@@ -36,6 +39,15 @@ class About:
     @staticmethod
     def from_json(values: dict[str, Any]) -> "About":
         return About(from_json(values["config"]), values["data"], values["versions"])
+
+    def check_tokenizer(self, fingerprint: str | None) -> None:
+        """Raises ValueError when the run's tokenizer was another one: ids would stand for other text."""
+        stored = self.data.get("tokenizer") or (fingerprint and BYTES)  # runs of old knew bytes only
+        if fingerprint != stored:
+            raise ValueError(
+                f"--data.tokenizer: the tokenizer is not the run's: it has fingerprint {str(fingerprint)[:12]}, the run was "
+                f"trained with {self.config.data.tokenizer!r} of fingerprint {str(stored)[:12]}; give the path of that file"
+            )
 
     def check_data(self, fingerprint: str) -> None:
         """Raises ValueError when the data of the run was other data."""

@@ -33,6 +33,7 @@ class Mixer(nnx.Module):
     layered: the constructor also takes `layer=` (0-based) and `num_layers=`.
     padding_invariant: what padded tokens hold never changes the output at real ones.
     batch_independent: no row of a batch changes another.
+    packs: a mask of `Segments` keeps documents that share a row apart: nothing mixes tokens but what the mask governs.
     """
 
     decodes: ClassVar[bool] = True
@@ -42,6 +43,7 @@ class Mixer(nnx.Module):
     layered: ClassVar[bool] = False
     padding_invariant: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
 
     # Mixers declare the keywords that they take; a base that listed them all would forbid leaving any out.
     def __call__(self, x: Float[Array, "B T D"], *args: Any, **kwargs: Any) -> Any:

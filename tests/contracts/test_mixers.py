@@ -14,7 +14,7 @@ from flax.core.spmd import logical_axis_rules
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnzoo import catalog
-from attnzoo.core.masks import Lengths
+from attnzoo.core.masks import Lengths, Segments
 from attnzoo.models.factory import make_mixer
 from attnzoo.nn.linear import axis_names
 from attnzoo.nn.mixer import Mixer
@@ -300,3 +300,20 @@ def test_compiles_for_tpu(key):
     jax.jit(lambda s, x: nnx.merge(graphdef, s)(x)).trace(abstract(state), abstract(tokens())).lower(
         lowering_platforms=("tpu",)
     ).compile()
+
+
+@having(packs=True)
+def test_packed_documents_do_not_see_each_other(key):
+    """Under `Segments` and with positions that begin anew, a document is what it is alone; causal, as in a packed row."""
+    model, x = tower(key), tokens(3)
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]] * B)
+    positions = jnp.array([0, 1, 2, 0, 1, 2, 3, 4] * B).reshape(B, T)
+
+    @nnx.jit
+    def packed(model, x):
+        return model(x, mask=Segments(segments), positions=positions)
+
+    y = packed(model, x)
+    np.testing.assert_array_equal(packed(model, x.at[:, :3].add(1.0))[:, 3:], y[:, 3:])
+    np.testing.assert_allclose(y[:, :3], run(model, x[:, :3]), atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(y[:, 3:], run(model, x[:, 3:]), atol=2e-5, rtol=2e-5)

@@ -121,3 +121,43 @@ def replaced():
         return config
 
     return change
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """Sentences of English that come with Python."""
+    from train.data.builders import topics
+
+    return [" ".join(p.split()) for _, text in list(topics().values())[:20] for p in text.split("\n\n") if len(p) > 100][:120]
+
+
+@pytest.fixture(scope="session")
+def bpe_file(tmp_path_factory, sentences) -> Path:
+    """A tokenizer.json: byte-level BPE with an end of text, and with a truncation that must not be applied."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    tokenizer.enable_truncation(8)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory, sentences) -> Path:
+    """A SentencePiece .model without an end of text."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "pieces"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(prefix), vocab_size=400, model_type="bpe", byte_fallback=True,
+        eos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return prefix.with_suffix(".model")

@@ -38,11 +38,11 @@ def test_bigram_probabilities_sum_to_one(rng):
 
 def test_the_bigram_baseline_is_better_than_adding_one(tiny):
     task = make_task(tiny)
-    train, pairs = task.train_tokens, task.validation()
+    train, held_out = task.dataset.train.stream[1:], task.dataset.validation.stream
     counts = np.ones((256, 256))
     np.add.at(counts, (train[:-1], train[1:]), 1)
     chances = counts / counts.sum(1, keepdims=True)
-    add_one = -np.log2(chances[pairs["tokens"].ravel(), pairs["targets"].ravel()]).mean()
+    add_one = -np.log2(chances[held_out[:-1], held_out[1:]]).mean()
     baselines = task.baselines()
     assert baselines["bigram"] < add_one < baselines["unigram"] < 8
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from train.config import Config
-from train.data import tokenizer
 from train.data.builders import topics
+from train.data.rows import Windows
 from train.data.store import open_dataset
 from train.tasks import make_task
-from train.tasks.text import Windows
 
 
 def words_of(paragraph: str) -> str:
@@ -101,18 +100,12 @@ def test_damaged_data_are_explained(pattern, tmp_path):
         open_dataset("python_topics", tmp_path)
 
 
-def test_tokenizer():
-    text = "naïve ⟶ bytes"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode([0xFF]) == "\N{REPLACEMENT CHARACTER}"
-
-
 def test_windows_predict_every_token_once():
     tokens = np.arange(23, dtype=np.uint8)
     windows = Windows(tokens, length=5, stride=5)
-    targets = np.concatenate([windows[i]["targets"] for i in range(len(windows))])
-    np.testing.assert_array_equal(targets, np.arange(1, 21))
-    np.testing.assert_array_equal(windows[1]["tokens"], np.arange(5, 10))
+    rows = windows.rows(np.arange(len(windows)))
+    np.testing.assert_array_equal(rows["targets"].ravel(), np.arange(1, 21))
+    np.testing.assert_array_equal(rows["tokens"][1], np.arange(5, 10))
     assert len(Windows(tokens, 22, 1)) == 1
     assert len(Windows(tokens, 23, 1)) == 0
 

@@ -27,7 +27,7 @@ def parameters(model) -> list[np.ndarray]:
 
 
 def test_a_run_goes_out_and_comes_in_bit_exactly(exported, finished, attnzoo):
-    for a, b in zip(parameters(load_model(exported)), parameters(load_model(finished)), strict=True):
+    for a, b in zip(parameters(load_model(exported)[0]), parameters(load_model(finished)[0]), strict=True):
         assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
     texts = []
     for source in (finished, exported):
@@ -48,7 +48,7 @@ def test_another_dtype(finished, tmp_path, attnzoo):
     path = tmp_path / "half.safetensors"
     code, _, err = attnzoo("export", str(finished / CHECKPOINTS / "8"), "--out", str(path), "--dtype", "bfloat16")
     assert code == 0, err
-    for a, b in zip(parameters(load_model(path)), parameters(load_model(finished / CHECKPOINTS / "8")), strict=True):
+    for a, b in zip(parameters(load_model(path)[0]), parameters(load_model(finished / CHECKPOINTS / "8")[0]), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=2**-8)
 

@@ -89,12 +89,17 @@ def _reading(name: str, folder: Path) -> Iterator[None]:
 
 
 def _prepare(name: str, folder: Path) -> None:
-    """Makes the data set beside `folder` and renames it into place: whoever comes first wins."""
+    with making(folder) as scratch, contextlib.redirect_stdout(io.StringIO()):  # TFDS announces what it does
+        BUILDERS[name](data_dir=scratch, file_format="array_record").download_and_prepare()
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside `folder` that is renamed to it at the end, unless an error comes: whoever is first wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces what it does
-            BUILDERS[name](data_dir=scratch, file_format="array_record").download_and_prepare()
+        yield scratch
         try:
             scratch.rename(folder)
         except OSError:  # another process was faster, and its files are the same

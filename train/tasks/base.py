@@ -2,20 +2,38 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from attnzoo.models.layers import LayerConfig
 from train.config import Config
-from train.data.store import Dataset, open_dataset
+from train.data.records import Tally
+from train.data.rows import Batch
 
-Batch = dict[str, np.ndarray]
+
+class Data(Protocol):
+    """What a run remembers of its data."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class Examples(Protocol):
+    """Training examples with random access."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Int[np.ndarray, "R"]) -> Batch:
+        """The examples of these indices, stacked."""
 
 
 class Task(ABC):
@@ -24,7 +42,6 @@ class Task(ABC):
     name: as `--task` takes it. unit: what a step consumes, for the speed display.
     metric: key of the validation score that decides; quality: the same in words.
     higher_is_better: of that score.
-    loss_scale: turns the training loss into the unit of the score, None where they are different things.
     sequence: the arrays of a batch whose second axis is the sequence.
     weight: the array of a batch that is 1 for real examples and 0 for padding.
     """
@@ -34,12 +51,30 @@ class Task(ABC):
     metric: ClassVar[str]
     quality: ClassVar[str]
     higher_is_better: ClassVar[bool] = False
-    loss_scale: ClassVar[float | None] = None
     sequence: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Config):
         self.config = config
-        self.dataset: Dataset = open_dataset(config.data.name, Path(config.data.dir).expanduser() if config.data.dir else None)
+
+    @property
+    @abstractmethod
+    def dataset(self) -> Data:
+        """The data, opened when they are first asked for: a model can be made without them."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Tells the tokenizer of text from others, None where there is no text."""
+        return None
+
+    @property
+    def tally(self) -> Tally:
+        """How many records were read and skipped, where that is counted."""
+        return Tally()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Turns the training loss into the unit of the score, None where they are different things."""
+        return None
 
     @staticmethod
     @abstractmethod
@@ -57,8 +92,8 @@ class Task(ABC):
         """How many of `unit` a step consumes."""
 
     @abstractmethod
-    def examples(self) -> Any:
-        """The training examples, with random access; each a dict of arrays."""
+    def examples(self) -> Examples:
+        """The training examples, with random access."""
 
     @abstractmethod
     def validation(self) -> Batch:
@@ -87,19 +122,25 @@ class Task(ABC):
     def closing(self, model: nnx.Module) -> tuple[str, str]:
         """(title, text) of something to look at: what the trained model does with an example."""
 
-    def batches(self) -> grain.IterDataset:
-        """Endless training batches; an iterator over it can be saved and restored.
+    def step_batches(self, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
+        """Endless training batches by their number: `[i]` is what step i trains on, counted from 0.
 
-        The global batch is a function of the seed and the number of the step alone.
+        The global batch is a function of the seed and i alone: a permutation of the examples per epoch, one after the
+        other, cut into batches. Of several processes each gets an equal part of its rows, in the order of their indices.
+        Raises ValueError when there are not as many for each.
         """
-        return (
-            grain.MapDataset.source(self.examples())
-            .seed(self.config.seed)
-            .shuffle()
-            .repeat()
-            .batch(self.config.batch)
-            .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        )
+        examples, batch = self.examples(), self.config.batch
+        if batch % process_count:
+            raise ValueError(f"--batch: {batch} examples do not divide over {process_count} processes")
+        share = batch // process_count
+        part = slice(process_index * share, (process_index + 1) * share)
+        order = grain.MapDataset.range(len(examples)).seed(self.config.seed).shuffle().repeat().batch(batch)
+        return order.map(lambda indices: examples.rows(indices[part]))
+
+    def batches(self, process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
+        """`step_batches` in order; an iterator over it can be saved and restored."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return self.step_batches(process_index, process_count).to_iter_dataset(options)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Every validation example once; the last batch is filled up with rows of weight 0."""

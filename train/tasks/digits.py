@@ -1,5 +1,6 @@
 """Images: say what is on them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Int
 
 from attnzoo.models.vit import ViT, ViTConfig
 from train.baselines import logistic_accuracy, majority_accuracy
 from train.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from train.data.sources import data_folder
+from train.data.store import Dataset, open_dataset
 from train.tasks.base import Batch, Task
 
 
@@ -25,6 +29,8 @@ class Digits(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        if config.data.path is not None:
+            raise ValueError(f"--data.path: the digits task reads named data sets of images, got {config.data.path!r}")
         missing = {"image", "label"} - set(self.dataset.features)
         if missing:
             raise ValueError(
@@ -51,6 +57,10 @@ class Digits(Task):
             batch=64,
         )  # fmt: skip
 
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        return open_dataset(self.config.data.name, data_folder(self.config.data))
+
     @property
     def context(self) -> None:
         return None
@@ -63,7 +73,7 @@ class Digits(Task):
         return Images(self.dataset.train)
 
     def validation(self) -> Batch:
-        return _stack(Images(self.dataset.validation))
+        return _all(Images(self.dataset.validation))
 
     def make_model(self, rngs: nnx.Rngs) -> ViT:
         height, width, channels = self.shape
@@ -90,7 +100,7 @@ class Digits(Task):
         return {"loss": sums["nats"] / sums["images"], "accuracy": sums["right"] / sums["images"]}
 
     def baselines(self) -> dict[str, float]:
-        train, validation = _stack(self.examples()), self.validation()
+        train, validation = _all(self.examples()), self.validation()
         return {
             "majority class": majority_accuracy(train["label"], validation["label"]),
             "logistic regression": logistic_accuracy(train["image"], train["label"], validation["image"], validation["label"]),
@@ -116,16 +126,15 @@ class Images:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = self.records[int(index)]
-        image = np.asarray(record["image"])
-        scale = 255 if image.dtype == np.uint8 else 1
-        return {"image": image.astype(np.float32) / scale, "label": np.asarray(record["label"], np.int32)}
+    def rows(self, indices: Int[np.ndarray, "R"]) -> Batch:
+        records = [self.records[int(index)] for index in indices]
+        images = np.stack([record["image"] for record in records])
+        scale = 255 if images.dtype == np.uint8 else 1
+        return {"image": images.astype(np.float32) / scale, "label": np.array([r["label"] for r in records], np.int32)}
 
 
-def _stack(images: Images) -> Batch:
-    rows = [images[i] for i in range(len(images))]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def _all(images: Images) -> Batch:
+    return images.rows(np.arange(len(images)))
 
 
 def _picture(image: np.ndarray) -> list[str]:

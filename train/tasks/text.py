@@ -1,6 +1,8 @@
-"""Bytes of text: predict the next one."""
+"""Text: predict the next token."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,52 +10,70 @@ import numpy as np
 import optax
 from flax import nnx
 
+from attnzoo import catalog
+from attnzoo.core.masks import Segments
 from attnzoo.models.lm import DecoderLM, LMConfig
 from train.baselines import bigram_bits, unigram_bits
 from train.config import Config
-from train.data import tokenizer
-from train.data.store import Dataset
+from train.data.corpus import Corpus, open_corpus
+from train.data.records import Tally
+from train.data.rows import Cover, Packed, Windows
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.tasks.base import Batch, Task
 
-
-class Windows:
-    """Every stretch of `length` tokens and the tokens that follow each, `stride` apart, with random access."""
-
-    def __init__(self, tokens: np.ndarray, length: int, stride: int):
-        self.tokens, self.length, self.stride = tokens, length, stride
-
-    def __len__(self) -> int:
-        return max(0, (len(self.tokens) - self.length - 1) // self.stride + 1)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start = int(index) * self.stride
-        window = self.tokens[start : start + self.length + 1].astype(np.int32)
-        return {"tokens": window[:-1], "targets": window[1:]}
+COUNTED = 1 << 24
+"""Training tokens that the baselines count at most, from the first on."""
 
 
 class Text(Task):
-    """A decoder language model over bytes."""
+    """A decoder language model over the tokens of a text.
+
+    Whatever the tokenizer, the score is bits per byte: the bits that all tokens of the validation texts take, over
+    their UTF-8 bytes (and one byte for the end of each).
+    """
 
     name = "text"
     unit = "tokens"
     metric = "bits_per_byte"
     quality = "bits per byte"
-    loss_scale = 1 / math.log(2)
-    sequence = frozenset({"tokens", "targets"})
+    sequence = frozenset({"tokens", "targets", "segments", "positions", "where"})
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.train_tokens, self.validation_tokens = _split_tokens(self.dataset)
-        shortest = min(len(self.train_tokens), len(self.validation_tokens))
-        if shortest <= config.data.context:
+        mixer: Any = catalog.mixer(config.mixer)
+        if config.data.pack and not mixer.packs:
             raise ValueError(
-                f"--data.context: {config.data.context} tokens and the one that follows do not fit into a split of "
-                f"data set {config.data.name!r} with {shortest}"
+                f"--data.pack: the mixer {config.mixer!r} mixes tokens by more than attention under a mask, so documents "
+                "in one row would see each other; leave --data.pack out, or take another mixer"
             )
+        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
 
     @staticmethod
     def defaults() -> Config:
         return Config()
+
+    @functools.cached_property
+    def dataset(self) -> Corpus:
+        corpus = open_corpus(self.config.data, self.tokenizer)
+        size = len(corpus.train.stream) - 1
+        if size <= self.context:
+            raise ValueError(
+                f"--data.context: {self.context} tokens and the one that follows do not fit into the training split of "
+                f"data {corpus.name!r} with {size}"
+            )
+        return corpus
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.tokenizer.fingerprint
+
+    @property
+    def tally(self) -> Tally:
+        return self.dataset.tally
+
+    @property
+    def loss_scale(self) -> float:
+        return 1 / math.log(2) / self.dataset.validation.bytes_per_token
 
     @property
     def context(self) -> int:
@@ -63,72 +83,55 @@ class Text(Task):
     def units_per_step(self) -> int:
         return self.config.batch * self.context
 
-    def examples(self) -> Windows:
-        return Windows(self.train_tokens, self.context, stride=1)
+    def examples(self) -> Windows | Packed:
+        train = self.dataset.train
+        return Packed(train, self.context) if self.config.data.pack else Windows(train.stream[1:], self.context)
 
     def validation(self) -> Batch:
-        windows = Windows(self.validation_tokens, self.context, stride=self.context)
-        rows = [windows[i] for i in range(len(windows))]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        rows = (Packed if self.config.data.pack else Cover)(self.dataset.validation, self.context)
+        return rows.rows(np.arange(len(rows)))
 
     def make_model(self, rngs: nnx.Rngs) -> DecoderLM:
-        config = LMConfig(vocab_size=tokenizer.VOCAB_SIZE, max_length=self.context, **self.layer_options())
+        config = LMConfig(vocab_size=self.tokenizer.vocab_size, max_length=self.context, **self.layer_options())
         return DecoderLM(config, rngs=rngs)
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array]) -> jax.Array:
-        return _cross_entropy(model, batch).mean()
+        losses = _cross_entropy(model, batch)
+        if "where" not in batch:
+            return losses.mean()
+        return (losses * batch["where"]).sum() / jnp.maximum(batch["where"].sum(), 1)
 
     def evaluate(self, model: nnx.Module, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         losses = _cross_entropy(model, batch)
-        weight = jnp.broadcast_to(batch["weight"][:, None], losses.shape)
+        weight = batch["weight"][:, None] * batch["where"]
         return {"nats": (losses * weight).sum(), "tokens": weight.sum()}
 
     def score(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["nats"] / sums["tokens"]
-        return {"loss": loss, "bits_per_byte": loss / math.log(2)}
+        return {"loss": loss, "bits_per_byte": loss * self.loss_scale}
 
     def baselines(self) -> dict[str, float]:
-        pairs = self.validation()
-        inputs, targets = pairs["tokens"].ravel(), pairs["targets"].ravel()
-        return {
-            "unigram": unigram_bits(self.train_tokens, targets),
-            "bigram": bigram_bits(self.train_tokens, inputs, targets),
+        validation, size = self.dataset.validation, self.tokenizer.vocab_size
+        train = self.dataset.train.stream[1 : 1 + COUNTED]
+        inputs, targets = validation.stream[:-1], validation.stream[1:]
+        bits = {
+            "unigram": unigram_bits(train, targets, size),
+            "bigram": bigram_bits(train, inputs, targets, size),
         }
+        return {name: value / validation.bytes_per_token for name, value in bits.items()}
 
     def closing(self, model: nnx.Module) -> tuple[str, str]:
         from train.generate import continue_text
 
-        prompt = tokenizer.decode(self.validation_tokens[:48])
-        text = continue_text(model, prompt, max_new=self.config.eval.sample, temperature=0.7, seed=self.config.seed)
+        prompt = self.tokenizer.decode(self.dataset.validation.stream[1:49])
+        options: dict[str, Any] = {"max_new": self.config.eval.sample, "temperature": 0.7, "seed": self.config.seed}
+        text = continue_text(model, self.tokenizer, prompt, after_end=self.config.data.pack, **options)
         return "sample (temperature 0.7; the prompt is from validation)", f"{prompt}⟶{text}"
 
 
 def _cross_entropy(model: nnx.Module, batch: dict[str, jax.Array]) -> jax.Array:
-    """Nats per token [B, T]."""
-    return optax.softmax_cross_entropy_with_integer_labels(model(batch["tokens"]), batch["targets"])  # type: ignore[operator]
-
-
-def _split_tokens(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Both splits as one row of bytes each: documents in a fixed order, a zero byte after each."""
-    key = _text_feature(dataset)
-    order = "title" if "title" in dataset.features else key
-
-    def joined(records) -> np.ndarray:
-        documents = sorted((record[order], record[key]) for record in records)
-        return tokenizer.encode(b"".join(text + tokenizer.END for _, text in documents))
-
-    return joined(dataset.train), joined(dataset.validation)
-
-
-def _text_feature(dataset: Dataset) -> str:
-    import tensorflow_datasets as tfds
-
-    texts = [name for name, feature in dataset.features.items() if isinstance(feature, tfds.features.Text)]
-    if "text" in texts:
-        return "text"
-    if len(texts) != 1:
-        raise ValueError(
-            f"data set {dataset.name!r}: the text task needs a feature 'text' or a single text feature; "
-            f"it has {', '.join(dataset.features)}"
-        )
-    return texts[0]
+    """Nats per token [B, T]; in packed rows every document is by itself."""
+    options: dict[str, Any] = {}
+    if "segments" in batch:
+        options = {"mask": Segments(batch["segments"]), "positions": batch["positions"]}
+    return optax.softmax_cross_entropy_with_integer_labels(model(batch["tokens"], **options), batch["targets"])  # type: ignore[operator]

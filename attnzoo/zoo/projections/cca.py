@@ -157,6 +157,7 @@ class CompressedConvAttention(GroupedQueryAttention):
     """
 
     crosses = False
+    packs = False  # the convolutions and the shift know of documents by segment_ids alone
 
     def __init__(
         self,
