@@ -17,7 +17,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of
 class Checkpoints:
     """The checkpoints of a run, `folder/STEP` each.
 
-    One holds four items: `model` (parameters, random streams), `optimizer` (its state and the step), `data`
+    One holds four items: `model` (parameters, random streams, the parameters' average), `optimizer` (its state and the step), `data`
     (the position of the training data) and `about` (configuration, data fingerprint, versions).
     """
 
@@ -72,12 +72,13 @@ class Checkpoints:
         ]
         with _reading(self.folder / str(step)):
             self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
-        (params, rest), (opt_state, count) = parts
-        return TrainState(params, rest, opt_state, count)
+        (params, rest, ema), (opt_state, count) = parts
+        return TrainState(params, rest, opt_state, count, ema)
 
     def restore_model(self, step: int, like: TrainState, shardings: TrainState) -> tuple[Any, Any]:
-        """(parameters, rest) after `step`, without the optimizer's state."""
-        return self._restore(step, "model", _parts(like)[0], _parts(shardings)[0])
+        """(parameters, or their average where the run keeps one; rest) after `step`, without the optimizer's state."""
+        params, rest, ema = self._restore(step, "model", _parts(like)[0], _parts(shardings)[0])
+        return (params if ema is None else ema), rest
 
     def _restore(self, step: int, item: str, like: Any, places: Any) -> Any:
         folder = self.folder / str(step)
@@ -121,7 +122,7 @@ class _reading:
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:
-    return (state.params, state.rest), (state.opt_state, state.step)
+    return (state.params, state.rest, state.ema), (state.opt_state, state.step)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import tyro
 
+from attnzoo.errors import nearest, unknown
+
 SMOKE_STEPS = 20
 
 
@@ -56,20 +58,35 @@ class ModelConfig:
     """Of the computation; parameters stay float32."""
 
 
+OptimizerName = Literal["adamw", "lion", "muon", "sgd"]
+ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+LoopName = Literal["jit", "pmap"]
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay."""
+    """How gradients become updates."""
 
+    name: OptimizerName = "adamw"
+    """lion wants a learning rate a few times smaller than adamw, muon the same; muon leaves what is no matrix, and the
+    vocabulary, to adamw; sgd has Nesterov's momentum."""
     learning_rate: float = 6e-3
     """At its peak."""
+    schedule: ScheduleName = "cosine"
+    """From the peak on: cosine or linear down to the last rate, constant, or wsd, constant and linear in the cooldown."""
     final_fraction: float = 0.05
-    """The last learning rate, as a fraction of the peak."""
+    """The last learning rate, as a fraction of the peak; not for constant."""
     warmup: float = 0.1
-    """The fraction of all steps that warms up."""
+    """The fraction of all steps that warms up, linearly."""
+    cooldown: float = 0.2
+    """The fraction of all steps that cools down, for wsd."""
     weight_decay: float = 0.1
     """Of matrices; vectors are not decayed."""
     b1: float = 0.9
+    """For adamw, lion, and what muon leaves to adamw; so is b2."""
     b2: float = 0.98
+    momentum: float = 0.95
+    """For muon and sgd."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
 
@@ -127,6 +144,12 @@ class Config:
     """Optimizer steps."""
     batch: int = 8
     """Examples per step, over all devices."""
+    accumulate: int = 1
+    """Parts that a batch is taken in, one after another: less memory, the same step."""
+    ema: float | None = None
+    """Decay of a moving average of the parameters, e.g. 0.999, which is then what is evaluated and generated from."""
+    loop: LoopName = "jit"
+    """pmap is the plain data-parallel loop for small models: every device holds all of it. Only for --mesh.data."""
     seed: int = 0
     """Of parameters, data order and dropout."""
     log_every: int = 10
@@ -136,6 +159,7 @@ class Config:
         positive = {
             "steps": self.steps,
             "batch": self.batch,
+            "accumulate": self.accumulate,
             "log-every": self.log_every,
             "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,
@@ -148,6 +172,23 @@ class Config:
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"--{name}: must be at least 1, got {value}")
+        options = self.optimizer
+        choices = {
+            "--optimizer.name": (options.name, OptimizerName),
+            "--optimizer.schedule": (options.schedule, ScheduleName),
+            "--loop": (self.loop, LoopName),
+        }
+        for name, (value, known) in choices.items():
+            if value not in typing.get_args(known):
+                raise unknown(name, value, typing.get_args(known))
+        parts = {"optimizer.warmup": options.warmup, "optimizer.cooldown": options.cooldown}
+        for name, part in parts.items():
+            if not 0 <= part <= 1:
+                raise ValueError(f"--{name}: is a fraction of all steps, in [0, 1], got {part}")
+        if options.schedule == "wsd" and sum(parts.values()) > 1:
+            raise ValueError(f"--optimizer.cooldown: {options.cooldown} and --optimizer.warmup {options.warmup} are more than all steps")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema: is a decay between 0 and 1, e.g. 0.999, got {self.ema}")
 
     def as_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; `from_json` is the way back."""
@@ -176,14 +217,17 @@ def from_json(values: Mapping[str, Any], cls: type = Config, path: str = "") -> 
     result = {}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"configuration: {path}{name} is not a field of {cls.__name__}")
+            near = " or ".join(path + known for known in nearest(name, fields))
+            meant = f"did you mean {near}?" if near else f"its fields are {', '.join(sorted(fields))}"
+            raise ValueError(f"configuration: {path}{name} is not a field of {cls.__name__}; {meant}")
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
             value = from_json(value, typing.cast(type, kind), f"{path}{name}.")
         elif name == "mixer_args":
             value = {argument: _tuples(given) for argument, given in value.items()}
         elif not _fits(value, kind):
-            raise ValueError(f"configuration: {path}{name} must be {kind}, got {value!r}")
+            wanted = _spelled(kind)
+            raise ValueError(f"configuration: {path}{name} must be {wanted}, got {value!r}")
         result[name] = value
     return cls(**result)
 
@@ -191,6 +235,12 @@ def from_json(values: Mapping[str, Any], cls: type = Config, path: str = "") -> 
 def _tuples(value: Any) -> Any:
     """JSON knows lists only; arguments on a command line are tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _spelled(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -18,11 +18,12 @@ from rich.console import Console
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.metrics import Metrics, plot_run, read_metrics, write_atomically
+from train.pmap import PmapTrainer
 from train.progress import RunDisplay, print_header
 from train.rundir import CHECKPOINTS, About, new_run, open_run
-from train.sharding import check_batch, make_mesh, on_mesh
+from train.sharding import check_axes, check_batch, make_mesh, on_mesh
 from train.tasks import Task, make_task
-from train.trainer import Trainer, TrainState, learning_rate
+from train.trainer import Trainer, TrainState
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ def train(config: Config, folder: Path, *, resume: bool = False, console: Consol
     console = console or Console(quiet=True)
     task = make_task(config)
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, task.context, mesh)
-    trainer = Trainer(task, config, mesh)
+    check_batch(config.batch, task.context, mesh, config.accumulate)
+    trainer = (PmapTrainer if config.loop == "pmap" else Trainer)(task, config, mesh)
+    check_axes(trainer.shardings.params, task.sequence, mesh)
     about = About.now(config, task.dataset.name, task.dataset.fingerprint)
     if resume:
         open_run(folder).check_data(task.dataset.fingerprint)
@@ -94,7 +96,6 @@ class _Run:
         self.state, self.step = self._start()
         self.start = self.step
         self.metrics = Metrics(folder, keep=self.step)
-        self.schedule = learning_rate(config)
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.seconds_per_step: list[float] = []
         self.score: dict[str, float] = {}
@@ -148,8 +149,7 @@ class _Run:
             loss, norm = float(values["loss"]), float(values["gradient_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._not_finite(step, loss, norm)
-            rate = float(self.schedule(step - 1))
-            self.metrics.write(step, {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": rate})
+            self.metrics.write(step, {f"train/{name}": float(value) for name, value in values.items()})
         speed = left = None
         if self.seconds_per_step:
             typical = statistics.median(self.seconds_per_step[-5:])
@@ -188,7 +188,7 @@ class _Run:
         if finished and not score:  # resumed after the last step
             score = self.trainer.evaluate(self.state, self.task.validation_batches())
         baselines = self.task.baselines() if finished else {}
-        sample = self.task.closing(self.trainer.model(self.state.params, self.state.rest)) if finished else ("", "")
+        sample = self.task.closing(self.trainer.model(self.state.weights, self.state.rest)) if finished else ("", "")
         self.metrics.flush()
         if finished:
             self._plot(baselines)
