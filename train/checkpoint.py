@@ -17,8 +17,9 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of
 class Checkpoints:
     """The checkpoints of a run, `folder/STEP` each.
 
-    One holds four items: `model` (parameters, random streams, the parameters' average), `optimizer` (its state and the step), `data`
-    (the position of the training data) and `about` (configuration, data fingerprint, versions).
+    One holds four items: `model` (parameters, random streams, the average of parameters if there is one), `optimizer`
+    (its state and the step), `data` (the position of the training data) and `about` (configuration, data fingerprint,
+    versions).
     """
 
     def __init__(self, folder: Path, keep: int | None = None):

@@ -186,7 +186,9 @@ class Config:
             if not 0 <= part <= 1:
                 raise ValueError(f"--{name}: is a fraction of all steps, in [0, 1], got {part}")
         if options.schedule == "wsd" and sum(parts.values()) > 1:
-            raise ValueError(f"--optimizer.cooldown: {options.cooldown} and --optimizer.warmup {options.warmup} are more than all steps")
+            raise ValueError(
+                f"--optimizer.cooldown: {options.cooldown} and the warmup, {options.warmup}, are more than all steps"
+            )
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"--ema: is a decay between 0 and 1, e.g. 0.999, got {self.ema}")
 

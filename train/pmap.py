@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train.config import Config
 from train.sharding import AXES, describe
 from train.tasks.base import Batch, Task
-from train.trainer import Metrics, Trainer
+from train.trainer import Arrays, Trainer
 
 _AXIS = "devices"
 
@@ -34,7 +34,7 @@ class PmapTrainer(Trainer):
             )
         super().__init__(task, config, mesh)
 
-    def put(self, batch: Batch) -> dict[str, jax.Array]:
+    def put(self, batch: Batch) -> Arrays:
         """A training batch on the mesh, [devices, rows, ...]."""
         sharding = NamedSharding(self.mesh, PartitionSpec(AXES[0]))
 
@@ -47,7 +47,7 @@ class PmapTrainer(Trainer):
         devices = list(self.mesh.devices.flat)
         return jax.pmap(self._step, _AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 
-    def _gradients(self, params: nnx.State, rest: nnx.State, batch: dict[str, jax.Array]) -> tuple[nnx.State, nnx.State, Metrics]:
+    def _gradients(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
         here = jax.lax.axis_index(_AXIS)
         own = jax.tree.map(lambda leaf: _folded(leaf, here) if _is_key(leaf) else leaf, rest)
         gradients, after, metrics = super()._gradients(params, own, batch)

@@ -29,7 +29,7 @@ RULES: dict[str | None, str | None] = {
 """Logical axis of a parameter -> mesh axis that it is divided over; axes without a rule stay whole."""
 
 LARGE = 2**16
-"""Numbers from which on a parameter is divided over fsdp whatever its axes are called; below, gathering costs more than it saves."""
+"""Numbers from which on a parameter is divided over fsdp whatever its axes are called; less is not worth gathering."""
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -76,8 +76,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def _spec(names: tuple[str | None, ...] | None, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if names is None or len(names) != len(shape):
-        return PartitionSpec()
-    axes = []
+        names = (None,) * len(shape)
+    axes: list[str | None] = []
     for name, size in zip(names, shape, strict=True):
         axis = RULES.get(name)
         axes.append(axis if axis not in axes and axis and size % mesh.shape[axis] == 0 else None)
@@ -86,7 +86,7 @@ def _spec(names: tuple[str | None, ...] | None, shape: tuple[int, ...], mesh: Me
         sides = [i for i, name in enumerate(names) if axes[i] is None and name != "layers" and shape[i] % parts == 0]
         if sides:
             axes[max(sides, key=lambda i: shape[i])] = "fsdp"
-    return PartitionSpec(*axes)
+    return PartitionSpec(*axes) if any(axes) else PartitionSpec()
 
 
 def check_batch(batch: int, context: int | None, mesh: Mesh, accumulate: int = 1) -> None:
@@ -111,7 +111,8 @@ def check_axes(params: Any, sequence: frozenset[str], mesh: Mesh) -> None:
         size = mesh.shape[axis]
         if size > 1 and axis not in used:
             names = [str(name) for name, over in RULES.items() if over == axis]
-            what = f"no parameter has a side of {', '.join(names)} that {size} divides" if names else "examples have no axis of tokens"
+            lacking = f"no parameter has a side of {', '.join(names)} that {size} divides"
+            what = lacking if names else "examples have no axis of tokens"
             raise ValueError(
                 f"--mesh.{axis}: {size} devices would all hold and do the same, because {what}; "
                 f"use --mesh.{axis} 1, and --mesh.data for these devices"

@@ -49,8 +49,8 @@ def one_at_a_time(compiled: Callable[..., Any], mesh: Mesh) -> Callable[..., Any
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
-Metrics = dict[str, jax.Array]
-"""What a step measures, scalars by name."""
+Arrays = dict[str, jax.Array]
+"""By name: a batch, or what a step measured."""
 
 
 def _parts(values: jax.Array, count: int) -> jax.Array:
@@ -67,13 +67,14 @@ class Trainer:
     def __init__(self, task: Task, config: Config, mesh: Mesh):
         self.task, self.mesh = task, mesh
         self.optimizer, self.rate = make_optimizer(config), learning_rate(config)
-        self.accumulate, self.ema = config.accumulate, config.ema
+        self.accumulate, self.ema_decay = config.accumulate, config.ema
         self.graphdef: nnx.GraphDef
         self.seed = config.seed
         self.abstract: TrainState = jax.eval_shape(self._init)
         self.shardings: TrainState = shardings(self.abstract, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
-        self.train_step = one_at_a_time(self._compile(), mesh)
+        self._compiled_step = self._compile()
+        self.train_step = one_at_a_time(self._compiled_step, mesh)
         self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate), mesh)
 
     def init(self, seed: int | None = None) -> TrainState:
@@ -81,7 +82,7 @@ class Trainer:
         with on_mesh(self.mesh):
             return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
 
-    def put(self, batch: Batch) -> dict[str, jax.Array]:
+    def put(self, batch: Batch) -> Arrays:
         """A training batch on the mesh."""
         return put_batch(batch, self.task.sequence, self.mesh)
 
@@ -104,21 +105,21 @@ class Trainer:
         model = self.task.make_model(nnx.Rngs(self.seed if seed is None else seed))
         model.train()
         self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-        ema = None if self.ema is None else jax.tree.map(jnp.copy, params)  # both are donated, so they must be two
+        ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)  # both are donated, so they must be two
         return TrainState(params, rest, self.optimizer.init(params), jnp.zeros((), jnp.int32), ema)
 
     def _compile(self) -> Callable[..., Any]:
         return jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
 
-    def _step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
         gradients, rest, metrics = self._gradients(state.params, state.rest, batch)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params, step = optax.apply_updates(state.params, updates), state.step + 1
-        ema = None if self.ema is None else averaged(state.ema, params, step, self.ema)
+        ema = None if self.ema_decay is None else averaged(state.ema, params, step, self.ema_decay)
         metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients), "learning_rate": self.rate(state.step)}
         return TrainState(params, rest, opt_state, step, ema), metrics
 
-    def _gradients(self, params: nnx.State, rest: nnx.State, batch: dict[str, jax.Array]) -> tuple[nnx.State, nnx.State, Metrics]:
+    def _gradients(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
         """(gradients, rest, metrics) of the mean loss of a batch, in `accumulate` parts one after another."""
         if self.accumulate == 1:
             return self._gradients_at_once(params, rest, batch)
@@ -138,10 +139,8 @@ class Trainer:
         (rest, (gradients, metrics)), _ = jax.lax.scan(add, (rest, zeros), (parts, shares))
         return gradients, rest, metrics
 
-    def _gradients_at_once(
-        self, params: nnx.State, rest: nnx.State, batch: dict[str, jax.Array]
-    ) -> tuple[nnx.State, nnx.State, Metrics]:
-        def loss(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
+    def _gradients_at_once(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
+        def loss(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Arrays]]:
             model = nnx.merge(self.graphdef, params, rest, copy=True)
             with collecting() as found:
                 value = self.task.loss(model, batch)
@@ -151,7 +150,7 @@ class Trainer:
         (_, (rest, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return gradients, rest, metrics
 
-    def _evaluate(self, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _evaluate(self, state: TrainState, batch: Arrays) -> Arrays:
         model = nnx.merge(self.graphdef, state.weights, state.rest, copy=True)
         model.eval()
         return self.task.evaluate(model, batch)

@@ -89,8 +89,8 @@ def pass_on(found: Mapping[str, AuxiliaryLoss]) -> None:
         if before is not None:
             if (before.coefficient, before.average) != (loss.coefficient, loss.average):
                 raise ValueError(
-                    f"auxiliary loss {name!r}: reported with coefficient {before.coefficient}, average {before.average} and with "
-                    f"{loss.coefficient}, {loss.average}; layers that share a name share these"
+                    f"auxiliary loss {name!r}: reported with coefficient {before.coefficient} and average {before.average}, "
+                    f"then with {loss.coefficient} and {loss.average}; layers that share a name share these"
                 )
             values = jnp.concatenate([before.values, values])
         known[name] = AuxiliaryLoss(values, loss.coefficient, loss.average)
