@@ -34,6 +34,8 @@ examples:
   attnzoo train --mixer value_residual --steps 800 --seed 1
   attnzoo train --task digits
   attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
+  attnzoo train --optimizer.name muon --optimizer.schedule wsd --ema 0.99
+  attnzoo train --batch 64 --accumulate 8 --model.dtype bfloat16
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
 """

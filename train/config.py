@@ -269,9 +269,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# What may change when a run is resumed without making it another run. A mesh of another shape keeps the
-# mathematics but not the last bit of every sum.
-RESUMABLE = ("mesh.", "eval.", "checkpoint.", "data.dir", "log_every")
+# What may change when a run is resumed without making it another run. A mesh of another shape, and another way to
+# take a batch through it, keep the mathematics but not the last bit of every sum.
+RESUMABLE = ("mesh.", "loop", "accumulate", "eval.", "checkpoint.", "data.dir", "log_every")
 
 
 def differences(stored: Config, asked: Config) -> list[str]:

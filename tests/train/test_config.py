@@ -37,7 +37,7 @@ def test_a_damaged_description_is_refused(path, value, words):
 
 
 def test_differences_name_both_values(replaced):
-    asked = replaced(Config(), {"model.dim": 32, "log_every": 3, "mesh.data": 2, "checkpoint.keep": 9})
+    asked = replaced(Config(), {"model.dim": 32, "log_every": 3, "mesh.data": 2, "loop": "pmap", "checkpoint.keep": 9})
     assert differences(Config(), asked) == [f"--model.dim 32 (the run has {ModelConfig().dim})"]
     assert differences(Config(), Config()) == []
 
