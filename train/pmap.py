@@ -14,7 +14,7 @@ from train.sharding import AXES, describe
 from train.tasks.base import Batch, Task
 from train.trainer import Arrays, Trainer
 
-_AXIS = "devices"
+_AXIS = "devices"  # of the pmap, whatever the mesh calls it
 
 
 class PmapTrainer(Trainer):
@@ -48,22 +48,25 @@ class PmapTrainer(Trainer):
         return jax.pmap(self._step, _AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 
     def _gradients(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
-        here = jax.lax.axis_index(_AXIS)
-        own = jax.tree.map(lambda leaf: _folded(leaf, here) if _is_key(leaf) else leaf, rest)
-        gradients, after, metrics = super()._gradients(params, own, batch)
+        gradients, after, metrics = super()._gradients(params, own_streams(rest), batch)
         weight = self.task.loss_weight(batch)
         share = weight / jnp.maximum(jax.lax.psum(weight, _AXIS), jnp.finfo(weight.dtype).tiny)
         gradients, metrics = jax.lax.psum(jax.tree.map(lambda leaf: share * leaf, (gradients, metrics)), _AXIS)
         return gradients, jax.tree.map(_agreed, rest, after), metrics
 
 
+def own_streams(rest: nnx.State) -> nnx.State:
+    """The same state, but every device of the pmap with random streams of its own."""
+    here = jax.lax.axis_index(_AXIS)
+
+    def folded(keys: jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.fold_in(key, here))(keys.reshape(-1)).reshape(keys.shape)
+
+    return jax.tree.map(lambda leaf: folded(leaf) if _is_key(leaf) else leaf, rest)
+
+
 def _is_key(leaf: jax.Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _folded(keys: jax.Array, number: jax.Array) -> jax.Array:
-    """Keys of any shape, each with a number folded in."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.reshape(-1)).reshape(keys.shape)
 
 
 def _agreed(before: jax.Array, after: jax.Array) -> jax.Array:

@@ -73,3 +73,13 @@ def test_auxiliary_losses_are_added_and_logged(tiny, replaced, tmp_path):
     assert first[0.0]["train/loss"] == first[5.0]["train/loss"]  # the cross-entropy alone
     assert first[5.0]["train/gradient_norm"] > first[0.01]["train/gradient_norm"]
     assert rows[5.0][-1]["train/head_balance"] < rows[0.01][-1]["train/head_balance"]
+
+
+def test_the_benchmark_of_the_loop_sees_every_step(tiny):
+    from benchmarks.loop import measure
+
+    steps, gaps = measure(tiny)
+    assert len(steps) == tiny.steps - tiny.log_every
+    assert len(gaps) == len(steps) - 1
+    assert min(steps) > 0 and min(gaps) > 0
+    assert train.loop.Trainer is Trainer

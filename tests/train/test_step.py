@@ -11,7 +11,7 @@ import pytest
 from train.config import MeshConfig
 from train.loop import train
 from train.metrics import read_metrics
-from train.pmap import PmapTrainer
+from train.pmap import PmapTrainer, own_streams
 from train.rundir import CHECKPOINTS
 from train.sharding import make_mesh, on_mesh
 from train.tasks import make_task
@@ -183,22 +183,20 @@ def test_pmap_runs_and_resumes(tiny, replaced, tmp_path):
 
 
 def test_devices_of_pmap_draw_their_own_dropout(tiny, replaced):
-    config = replaced(tiny, {"mesh.data": 8, "batch": 8, "model.dropout_rate": 0.5})
+    config = replaced(tiny, {"mesh.data": 8, "model.dropout_rate": 0.5})
     trainer = trainer_of(config, PmapTrainer)
-    state, batch = trainer.init(), next(iter(trainer.task.batches()))
-    same = {name: np.repeat(values[:1], len(values), axis=0) for name, values in batch.items()}
-    devices = list(trainer.mesh.devices.flat)
-    alone = jax.pmap(
-        lambda state, batch: Trainer._gradients(trainer, state.params, _own(state.rest), batch)[2]["loss"],
-        "devices",
-        in_axes=(None, 0),
-        devices=devices,
-    )
-    assert len(set(np.asarray(alone(state, trainer.put(same))).tolist())) == 8
+    rest = trainer.init().rest
 
+    def draw(rest, _):
+        keys = [leaf for leaf in jax.tree.leaves(own_streams(rest)) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+        return jnp.stack([jax.random.bits(key) for key in keys])
 
-def _own(rest):
-    from train.pmap import _folded, _is_key
-
-    here = jax.lax.axis_index("devices")
-    return jax.tree.map(lambda leaf: _folded(leaf, here) if _is_key(leaf) else leaf, rest)
+    drawn = np.asarray(jax.pmap(draw, "devices", in_axes=(None, 0))(rest, np.arange(8)))
+    assert all(len(set(column)) == 8 for column in drawn.T)
+    # What they hold in common afterwards is the streams they had, further on.
+    after, _ = trainer.train_step(trainer.init(), trainer.put(next(iter(trainer.task.batches()))))
+    for old, new in zip(jax.tree.leaves(rest), jax.tree.leaves(after.rest), strict=True):
+        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(jax.random.key_data(old), jax.random.key_data(new))
+        else:
+            assert (np.asarray(new) > np.asarray(old)).all()
