@@ -1,7 +1,6 @@
 """The loop around the step: when it waits for the device, and what it writes down."""
 
 import jax
-import pytest
 
 import train.loop
 from train.metrics import read_metrics
@@ -39,7 +38,7 @@ def test_metrics_are_read_only_where_they_are_logged(tiny, replaced, tmp_path, m
             return watched
 
     monkeypatch.setattr(train.loop, "Trainer", Watched)
-    monkeypatch.setattr(jax, "block_until_ready", lambda tree: pytest.fail("the loop waits for the device"))
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: reads.append(len(steps)) or tree)
     train.loop.train(config, tmp_path / "run")
     assert set(reads) == {5, 10, 12}
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
