@@ -31,10 +31,10 @@ class Keep:
 class Checkpoints:
     """The checkpoints of a run, `folder/STEP` each.
 
-    One holds four items: `model` (parameters, random streams), `optimizer` (its state and the step), `data`
-    (the position of the training data) and `about` (configuration, data fingerprint, versions); and, where the model was
-    validated after that step, `metrics`, its quality. Several processes write their parts into the same folder; every one
-    of them must make each call.
+    One holds four items: `model` (parameters, random streams, the average of parameters if there is one), `optimizer`
+    (its state and the step), `data` (the position of the training data) and `about` (configuration, data fingerprint,
+    versions); and, where the model was validated after that step, `metrics`, its quality. Several processes write their
+    parts into the same folder; every one of them must make each call.
 
     keep: what stays when more is saved; None for reading alone. Writing first removes what killed runs left unfinished.
     """
@@ -125,12 +125,13 @@ class Checkpoints:
         ]
         with _reading(self.folder / str(step)):
             data.set_state(self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
-        (params, rest), (opt_state, count) = parts
-        return TrainState(params, rest, opt_state, count)
+        (params, rest, ema), (opt_state, count) = parts
+        return TrainState(params, rest, opt_state, count, ema)
 
     def restore_model(self, step: int, like: TrainState, shardings: TrainState) -> tuple[Any, Any]:
-        """(parameters, rest) after `step`, without the optimizer's state."""
-        return self._restore(step, "model", _parts(like)[0], _parts(shardings)[0])
+        """(parameters, or their average where the run keeps one; rest) after `step`, without the optimizer's state."""
+        params, rest, ema = self._restore(step, "model", _parts(like)[0], _parts(shardings)[0])
+        return (params if ema is None else ema), rest
 
     def _restore(self, step: int, item: str, like: Any, places: Any) -> Any:
         folder = self.folder / str(step)
@@ -228,7 +229,7 @@ def _own_loops() -> Iterator[None]:
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:
-    return (state.params, state.rest), (state.opt_state, state.step)
+    return (state.params, state.rest, state.ema), (state.opt_state, state.step)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -39,6 +39,8 @@ examples:
   attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
   attnzoo train --processes 2 --mesh.data 8 --batch 64
   srun attnzoo train --mesh.fsdp 64 --batch 512 --out /shared/run
+  attnzoo train --optimizer.name muon --optimizer.schedule wsd --ema 0.99
+  attnzoo train --batch 64 --accumulate 8 --model.dtype bfloat16
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
 """

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import tyro
 
+from attnzoo.errors import nearest, unknown
+
 SMOKE_STEPS = 20
 
 
@@ -69,20 +71,35 @@ class ModelConfig:
     """Of the computation; parameters stay float32."""
 
 
+OptimizerName = Literal["adamw", "lion", "muon", "sgd"]
+ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+LoopName = Literal["jit", "pmap"]
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay."""
+    """How gradients become updates."""
 
+    name: OptimizerName = "adamw"
+    """lion wants a learning rate a few times smaller than adamw, muon the same; muon leaves what is no matrix, and the
+    vocabulary, to adamw; sgd has Nesterov's momentum."""
     learning_rate: float = 6e-3
     """At its peak."""
+    schedule: ScheduleName = "cosine"
+    """From the peak on: cosine or linear down to the last rate, constant, or wsd, constant and linear in the cooldown."""
     final_fraction: float = 0.05
-    """The last learning rate, as a fraction of the peak."""
+    """The last learning rate, as a fraction of the peak; not for constant."""
     warmup: float = 0.1
-    """The fraction of all steps that warms up."""
+    """The fraction of all steps that warms up, linearly."""
+    cooldown: float = 0.2
+    """The fraction of all steps that cools down, for wsd."""
     weight_decay: float = 0.1
     """Of matrices; vectors are not decayed."""
     b1: float = 0.9
+    """For adamw, lion, and what muon leaves to adamw; so is b2."""
     b2: float = 0.98
+    momentum: float = 0.95
+    """For muon and sgd."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
 
@@ -142,6 +159,12 @@ class Config:
     """Optimizer steps."""
     batch: int = 8
     """Examples per step, over all devices."""
+    accumulate: int = 1
+    """Parts that a batch is taken in, one after another: less memory, the same step."""
+    ema: float | None = None
+    """Decay of a moving average of the parameters, e.g. 0.999, which is then what is evaluated and generated from."""
+    loop: LoopName = "jit"
+    """pmap is the plain data-parallel loop for small models: every device holds all of it. Only for --mesh.data."""
     seed: int = 0
     """Of parameters, data order and dropout."""
     log_every: int = 10
@@ -151,6 +174,7 @@ class Config:
         positive = {
             "steps": self.steps,
             "batch": self.batch,
+            "accumulate": self.accumulate,
             "log-every": self.log_every,
             "eval.every": self.eval.every,
             "checkpoint.every": self.checkpoint.every,
@@ -167,6 +191,25 @@ class Config:
             raise ValueError(f"--checkpoint.best: must be at least 0, got {self.checkpoint.best}")
         if not 0 <= self.data.max_corrupt <= 1:
             raise ValueError(f"--data.max-corrupt: is a share, 0 to 1, got {self.data.max_corrupt:g}")
+        options = self.optimizer
+        choices = {
+            "--optimizer.name": (options.name, OptimizerName),
+            "--optimizer.schedule": (options.schedule, ScheduleName),
+            "--loop": (self.loop, LoopName),
+        }
+        for name, (value, known) in choices.items():
+            if value not in typing.get_args(known):
+                raise unknown(name, value, typing.get_args(known))
+        parts = {"optimizer.warmup": options.warmup, "optimizer.cooldown": options.cooldown}
+        for name, part in parts.items():
+            if not 0 <= part <= 1:
+                raise ValueError(f"--{name}: is a fraction of all steps, in [0, 1], got {part}")
+        if options.schedule == "wsd" and sum(parts.values()) > 1:
+            raise ValueError(
+                f"--optimizer.cooldown: {options.cooldown} and the warmup, {options.warmup}, are more than all steps"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema: is a decay between 0 and 1, e.g. 0.999, got {self.ema}")
 
     def as_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; `from_json` is the way back."""
@@ -204,14 +247,17 @@ def from_json(values: Mapping[str, Any], cls: type = Config, path: str = "") -> 
     result = {}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"configuration: {path}{name} is not a field of {cls.__name__}")
+            near = " or ".join(path + known for known in nearest(name, fields))
+            meant = f"did you mean {near}?" if near else f"its fields are {', '.join(sorted(fields))}"
+            raise ValueError(f"configuration: {path}{name} is not a field of {cls.__name__}; {meant}")
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
             value = from_json(value, typing.cast(type, kind), f"{path}{name}.")
         elif name == "mixer_args":
             value = {argument: _tuples(given) for argument, given in value.items()}
         elif not _fits(value, kind):
-            raise ValueError(f"configuration: {path}{name} must be {kind}, got {value!r}")
+            wanted = _spelled(kind)
+            raise ValueError(f"configuration: {path}{name} must be {wanted}, got {value!r}")
         result[name] = value
     return cls(**result)
 
@@ -219,6 +265,12 @@ def from_json(values: Mapping[str, Any], cls: type = Config, path: str = "") -> 
 def _tuples(value: Any) -> Any:
     """JSON knows lists only; arguments on a command line are tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _spelled(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -245,12 +297,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# What may change when a run is resumed without making it another run. A mesh of another shape keeps the
-# mathematics but not the last bit of every sum.
+# What may change when a run is resumed without making it another run. A mesh of another shape, and another way to
+# take a batch through it, keep the mathematics but not the last bit of every sum.
 # The data and the tokenizer may lie elsewhere: their content is compared, not their place.
 RESUMABLE = (
-    "mesh.", "eval.", "checkpoint.", "data.dir", "data.path", "data.validation", "data.tokenizer", "data.max_corrupt",
-    "log_every",
+    "mesh.", "loop", "accumulate", "eval.", "checkpoint.", "data.dir", "data.path", "data.validation", "data.tokenizer",
+    "data.max_corrupt", "log_every",
 )  # fmt: skip
 
 

@@ -19,11 +19,12 @@ from train import processes
 from train.checkpoint import Checkpoints, Keep
 from train.config import Config
 from train.metrics import Metrics, NoMetrics, plot_run, read_metrics, write_atomically
+from train.pmap import PmapTrainer
 from train.progress import RunDisplay, print_header
 from train.rundir import CHECKPOINTS, About, check_seen, new_run, open_run
-from train.sharding import check_batch, make_mesh, on_mesh
+from train.sharding import check_axes, check_batch, make_mesh, on_mesh
 from train.tasks import Task, make_task
-from train.trainer import Trainer, TrainState, learning_rate
+from train.trainer import Trainer, TrainState
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def train(config: Config, folder: Path, *, resume: bool = False, console: Consol
     with processes.together():
         task = make_task(config)
         mesh = make_mesh(config.mesh)
-        check_batch(config.batch, task.context, mesh)
-        trainer = Trainer(task, config, mesh)
+        check_batch(config.batch, task.context, mesh, config.accumulate)
+        trainer = (PmapTrainer if config.loop == "pmap" else Trainer)(task, config, mesh)
+        check_axes(trainer.shardings.params, task.sequence, mesh)
         if resume:  # before the data are encoded with another tokenizer
             open_run(folder).check_tokenizer(task.tokenizer_fingerprint)
         about = About.now(config, task.dataset.name, task.dataset.fingerprint, task.tokenizer_fingerprint)
@@ -115,7 +117,6 @@ class _Run:
         self.state, self.step = self._start()
         self.start = self.step
         self.metrics = Metrics(folder, keep=self.step) if self.first else NoMetrics()
-        self.schedule = learning_rate(config)
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.seconds_per_step: list[float] = []
         self.score: dict[str, float] = {}
@@ -177,8 +178,7 @@ class _Run:
             loss, norm = float(values["loss"]), float(values["gradient_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._not_finite(step, loss, norm)
-            rate = float(self.schedule(step - 1))
-            self.metrics.write(step, {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": rate})
+            self.metrics.write(step, {f"train/{name}": float(value) for name, value in values.items()})
         speed = left = None
         if self.seconds_per_step:
             typical = statistics.median(self.seconds_per_step[-5:])
@@ -239,7 +239,7 @@ class _Run:
         score = self.score if self.score and finished else {}
         if finished and not score:  # resumed after the last step
             score = self.trainer.evaluate(self.state, self.task.validation_batches())
-        model = self.trainer.model(self.state.params, self.state.rest) if finished else None
+        model = self.trainer.model(self.state.weights, self.state.rest) if finished else None
         shown = finished and self.first
         baselines = self.task.baselines() if shown else {}
         sample = self.task.closing(model) if shown and model is not None else ("", "")

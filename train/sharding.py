@@ -28,6 +28,9 @@ RULES: dict[str | None, str | None] = {
 }
 """Logical axis of a parameter -> mesh axis that it is divided over; axes without a rule stay whole."""
 
+LARGE = 2**16
+"""Numbers from which on a parameter is divided over fsdp whatever its axes are called; less is not worth gathering."""
+
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh (data, fsdp, tensor, context).
@@ -59,7 +62,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding per array of `tree`, in the same structure.
 
     Parameters (and what the optimizer keeps per parameter) are divided by their logical names; a side that a
-    mesh axis does not divide evenly stays whole. Everything else is replicated.
+    mesh axis does not divide evenly stays whole. A large parameter that this leaves whole on every device of `fsdp` is divided
+    over it along its longest side that divides: nothing but storage hangs on which. Everything else is replicated.
     """
 
     def place(leaf: Any) -> Any:
@@ -73,21 +77,47 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def _spec(names: tuple[str | None, ...] | None, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if names is None or len(names) != len(shape):
-        return PartitionSpec()
-    axes = []
+        names = (None,) * len(shape)
+    axes: list[str | None] = []
     for name, size in zip(names, shape, strict=True):
         axis = RULES.get(name)
         axes.append(axis if axis not in axes and axis and size % mesh.shape[axis] == 0 else None)
-    return PartitionSpec(*axes)
+    parts = mesh.shape["fsdp"]
+    if parts > 1 and "fsdp" not in axes and math.prod(shape) >= LARGE:
+        sides = [i for i, name in enumerate(names) if axes[i] is None and name != "layers" and shape[i] % parts == 0]
+        if sides:
+            axes[max(sides, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes) if any(axes) else PartitionSpec()
 
 
-def check_batch(batch: int, context: int | None, mesh: Mesh) -> None:
-    """Raises ValueError when the mesh does not divide the batch, or the tokens of an example."""
+def check_batch(batch: int, context: int | None, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises ValueError when the mesh does not divide the (accumulated parts of a) batch, or the tokens of an example."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % rows:
-        raise ValueError(f"--batch: {batch} examples do not divide over data x fsdp = {rows} devices")
+    if batch % (rows * accumulate):
+        over = f"data x fsdp = {rows} devices"
+        over = over if accumulate == 1 else f"{over} x --accumulate {accumulate} = {rows * accumulate}"
+        raise ValueError(f"--batch: {batch} examples do not divide over {over}")
     if context is not None and context % mesh.shape["context"]:
         raise ValueError(f"--data.context: {context} tokens do not divide over --mesh.context {mesh.shape['context']} devices")
+
+
+def check_axes(params: Any, sequence: frozenset[str], mesh: Mesh) -> None:
+    """Raises ValueError for an axis of the mesh, with more than one device, that divides nothing.
+
+    params: the shardings of the parameters. sequence: the arrays of a batch that have an axis of tokens.
+    """
+    axes = {axis for leaf in jax.tree.leaves(params) for axis in leaf.spec if axis}
+    used = {"data"} | axes | ({"context"} if sequence else set())
+    for axis in AXES:
+        size = mesh.shape[axis]
+        if size > 1 and axis not in used:
+            names = [str(name) for name, over in RULES.items() if over == axis]
+            lacking = f"no parameter has a side of {', '.join(names)} that {size} divides"
+            what = lacking if names else "examples have no axis of tokens"
+            raise ValueError(
+                f"--mesh.{axis}: {size} devices would all hold and do the same, because {what}; "
+                f"use --mesh.{axis} 1, and --mesh.data for these devices"
+            )
 
 
 def put_batch(batch: dict[str, np.ndarray], sequence: frozenset[str], mesh: Mesh) -> dict[str, jax.Array]:

@@ -12,55 +12,30 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from attnzoo.nn.linear import axis_names
+from attnzoo.nn.auxiliary import collecting, objective
 from train.config import Config
+from train.optimizers import averaged, learning_rate, make_optimizer
 from train.sharding import on_mesh, put_batch, shardings
 from train.tasks.base import Batch, Task
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes: `model` is parameters and the rest (random streams, statistics)."""
+    """Everything a step changes.
+
+    params: the model's parameters, rest: what else it holds (random streams, statistics).
+    ema: the moving average of the parameters, None for a run that keeps none.
+    """
 
     params: nnx.State
     rest: nnx.State
     opt_state: optax.OptState
     step: Int[Array, ""]
+    ema: nnx.State | None = None
 
-
-def learning_rate(config: Config) -> optax.Schedule:
-    """Of the update after `count` others: linear warm-up to the peak, then a cosine down to its final fraction."""
-    options = config.optimizer
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=options.learning_rate,
-        warmup_steps=round(options.warmup * config.steps),
-        decay_steps=config.steps,
-        end_value=options.final_fraction * options.learning_rate,
-    )
-    return lambda count: schedule(count + 1)  # or the first update would be nothing
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; weights decay where a parameter has more than one axis."""
-    options = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(options.clip),
-        optax.adamw(
-            learning_rate(config),
-            b1=options.b1,
-            b2=options.b2,
-            weight_decay=options.weight_decay,
-            mask=_is_matrix,
-        ),
-    )
-
-
-def _is_matrix(params: nnx.State) -> Any:
-    def mark(variable: nnx.Variable) -> Any:
-        stacked = "layers" in (axis_names(variable) or ())  # by scan_layers
-        return jax.tree.map(lambda array: array.ndim - stacked > 1, variable)
-
-    return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    @property
+    def weights(self) -> nnx.State:
+        """The parameters to use the model with: their average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def one_at_a_time(compiled: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -74,6 +49,15 @@ def one_at_a_time(compiled: Callable[..., Any], mesh: Mesh) -> Callable[..., Any
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
+Arrays = dict[str, jax.Array]
+"""By name: a batch, or what a step measured."""
+
+
+def _parts(values: jax.Array, count: int) -> jax.Array:
+    """[B, ...] -> [count, B / count, ...]: every count-th row, so that each device cuts its own rows and none travel."""
+    return values.reshape(-1, count, *values.shape[1:]).swapaxes(0, 1)
+
+
 class Trainer:
     """The compiled functions of one run. Building it runs nothing on a device.
 
@@ -82,15 +66,16 @@ class Trainer:
 
     def __init__(self, task: Task, config: Config, mesh: Mesh):
         self.task, self.mesh = task, mesh
-        self.optimizer = make_optimizer(config)
+        self.optimizer, self.rate = make_optimizer(config), learning_rate(config)
+        self.accumulate, self.ema_decay = config.accumulate, config.ema
         self.graphdef: nnx.GraphDef
         self.seed = config.seed
         self.abstract: TrainState = jax.eval_shape(self._init)
         self.shardings: TrainState = shardings(self.abstract, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
         self._whole = NamedSharding(mesh, PartitionSpec())  # metrics: every process has them
-        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._whole))
-        self.train_step = one_at_a_time(step, mesh)
+        self._compiled_step = self._compile()
+        self.train_step = one_at_a_time(self._compiled_step, mesh)
         self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate, out_shardings=self._whole), mesh)
 
     def init(self, seed: int | None = None) -> TrainState:
@@ -98,13 +83,15 @@ class Trainer:
         with on_mesh(self.mesh):
             return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
 
-    def put(self, batch: Batch) -> dict[str, jax.Array]:
+    def put(self, batch: Batch) -> Arrays:
+        """A training batch on the mesh."""
         return put_batch(batch, self.task.sequence, self.mesh)
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's validation metrics over all batches."""
         with on_mesh(self.mesh):
-            sums = [self._evaluate_batch(state, self.put(batch)) for batch in batches]
+            placed = (put_batch(batch, self.task.sequence, self.mesh) for batch in batches)
+            sums = [self._evaluate_batch(state, batch) for batch in placed]
         totals = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums))
         return self.task.score(totals)
 
@@ -123,21 +110,52 @@ class Trainer:
         model = self.task.make_model(nnx.Rngs(self.seed if seed is None else seed))
         model.train()
         self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-        return TrainState(params, rest, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+        ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)  # both are donated, so they must be two
+        return TrainState(params, rest, self.optimizer.init(params), jnp.zeros((), jnp.int32), ema)
 
-    def _step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        def loss(params: nnx.State, rest: nnx.State) -> tuple[jax.Array, nnx.State]:
-            model = nnx.merge(self.graphdef, params, rest, copy=True)
-            value = self.task.loss(model, batch)
-            return value, nnx.state(model, nnx.Not(nnx.Param))
+    def _compile(self) -> Callable[..., Any]:
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._whole))
 
-        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state.rest)
+    def _step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
+        gradients, rest, metrics = self._gradients(state.params, state.rest, batch)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(params, rest, opt_state, state.step + 1), metrics
+        params, step = optax.apply_updates(state.params, updates), state.step + 1
+        ema = None if self.ema_decay is None else averaged(state.ema, params, step, self.ema_decay)
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients), "learning_rate": self.rate(state.step)}
+        return TrainState(params, rest, opt_state, step, ema), metrics
 
-    def _evaluate(self, state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        model = nnx.merge(self.graphdef, state.params, state.rest, copy=True)
+    def _gradients(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
+        """(gradients, rest, metrics) of the mean loss of a batch, in `accumulate` parts one after another."""
+        if self.accumulate == 1:
+            return self._gradients_at_once(params, rest, batch)
+        parts = {name: _parts(values, self.accumulate) for name, values in batch.items()}
+        weights = jax.vmap(self.task.loss_weight)(parts)
+        shares = weights / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+
+        def add(carry: tuple, given: tuple) -> tuple[tuple, None]:
+            rest, sums = carry
+            part, share = given
+            gradients, rest, metrics = self._gradients_at_once(params, rest, part)
+            return (rest, jax.tree.map(lambda total, one: total + share * one, sums, (gradients, metrics))), None
+
+        first = jax.tree.map(lambda values: values[0], parts)
+        metrics = jax.eval_shape(self._gradients_at_once, params, rest, first)[2]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (params, metrics))
+        (rest, (gradients, metrics)), _ = jax.lax.scan(add, (rest, zeros), (parts, shares))
+        return gradients, rest, metrics
+
+    def _gradients_at_once(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
+        def loss(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Arrays]]:
+            model = nnx.merge(self.graphdef, params, rest, copy=True)
+            with collecting() as found:
+                value = self.task.loss(model, batch)
+            metrics = {"loss": value, **{name: each.value for name, each in found.items()}}
+            return value + objective(found), (nnx.state(model, nnx.Not(nnx.Param)), metrics)
+
+        (_, (rest, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return gradients, rest, metrics
+
+    def _evaluate(self, state: TrainState, batch: Arrays) -> Arrays:
+        model = nnx.merge(self.graphdef, state.weights, state.rest, copy=True)
         model.eval()
         return self.task.evaluate(model, batch)

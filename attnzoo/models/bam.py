@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnzoo.models.layers import layer_maker
 from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.models.objectives import label_smoothed_ce
+from attnzoo.nn.auxiliary import collecting
 from attnzoo.nn.block import Block
 from attnzoo.nn.feed_forward import SwiGLU
-from attnzoo.zoo.compress.bam import MoEFFN, ParallelBAMBlock, average_params
+from attnzoo.zoo.compress.bam import ALPHA, BETA, MoEFFN, ParallelBAMBlock, average_params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,17 +68,12 @@ class BAMLM(DecoderLM):
 
     def with_router_losses(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], Float[Array, ""], Float[Array, ""]]:
         """(logits, Σ_layers L_LB, Σ_layers L_z) of a model with feed-forward experts."""
-        x = self._embed(tokens, jnp.arange(tokens.shape[-1]))
-        balance = z = jnp.zeros(())
-        for layer in self.layers.runs:
-            assert isinstance(layer.feed_forward, MoEFFN)
-            routing = layer.feed_forward.route(layer.mixer_norm(x))
-            balance, z = (total + loss for total, loss in zip((balance, z), routing.losses(), strict=True))
-            x, _ = layer(x)
-        return self._logits(x), balance, z
+        with collecting() as found:
+            logits = self(tokens)
+        return logits, found["expert_balance"].value, found["expert_router_z"].value
 
 
-def bam_loss(model: BAMLM, tokens: Int[Array, "B T"], *, alpha: float = 0.01, beta: float = 0.001) -> Float[Array, ""]:
+def bam_loss(model: BAMLM, tokens: Int[Array, "B T"], *, alpha: float = ALPHA, beta: float = BETA) -> Float[Array, ""]:
     """Next-token cross-entropy in nats + alpha Σ L_LB + beta Σ L_z; of a dense model the cross-entropy alone."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if model.config.ffn_experts is None:

@@ -59,7 +59,8 @@ class TABChangeModel(nnx.Module):
         # Positions within an image, alike on both sides, the first of which is the CLS token; and what tells the sides apart.
         self.positions, self.joint_positions = table(1 + config.num_patches), table(2 * (1 + config.num_patches))
         self.in_norm, self.out_norm = (norm(config.norm, dim, rngs=rngs, **dtypes) for _ in range(2))
-        self.layers = Stack(layer_maker(config, rngs, causal=False), config.num_layers, remat=config.remat)
+        options: dict[str, Any] = {"scan": config.scan_layers, "remat": config.remat}
+        self.layers = Stack(layer_maker(config, rngs, causal=False), config.num_layers, **options)
         self.tab = TABLayer(dim, gate=config.gate, skip=config.skip, rngs=rngs, **dtypes)
         self.head = linear(2 * dim, config.num_classes, ("embed", None), use_bias=True, rngs=rngs, **dtypes)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from attnzoo.errors import unknown
+from attnzoo.nn.auxiliary import kept_apart, pass_on
 from attnzoo.nn.block import Block
 from attnzoo.nn.linear import axis_names
 
@@ -117,19 +118,21 @@ class Stack(nnx.Module):
             params, rest, cache = layer_state
             layer = nnx.merge(graphdef, params, rest, copy=True)
             x, carry = state
-            x, carry, cache = call(layer, x, carry, cache)
-            return (x, carry), (nnx.state(layer, nnx.Not(nnx.Param)), cache)
+            with kept_apart() as losses:
+                x, carry, cache = call(layer, x, carry, cache)
+            return (x, carry), (nnx.state(layer, nnx.Not(nnx.Param)), cache, losses)
 
         if training and self.remat != "none":
             # Inside a scan nothing can be merged with the forward pass, so no barrier against it is needed.
             body = jax.checkpoint(body, policy=_REMAT[self.remat], prevent_cse=size == 1)
         if size == 1:
-            (x, carry), (rest, cache) = body((x, carry), (params, rest, cache))
+            (x, carry), (rest, cache, losses) = body((x, carry), (params, rest, cache))
         else:
             layer_states = (params, rest, cache)
             if run.carries:
                 _check_carry(body, (x, carry), layer_states)
-            (x, carry), (rest, cache) = jax.lax.scan(body, (x, carry), layer_states)
+            (x, carry), (rest, cache, losses) = jax.lax.scan(body, (x, carry), layer_states)
+        pass_on(losses)
         if training:
             nnx.update(run, rest)
         return x, carry, cache

@@ -18,9 +18,12 @@ def test_json_is_a_round_trip(replaced):
     ("path", "value", "words"),
     [
         (("model", "dim"), "wide", "model.dim must be"),
-        (("model", "depth"), 3, "model.depth is not a field"),
-        (("model", "norm"), "none", "model.norm must be"),
-        (("steps",), True, "steps must be"),
+        (("model", "depth"), 3, "model.depth is not a field of ModelConfig; its fields are dim, "),
+        (("model", "num_layer"), 3, "model.num_layer is not a field of ModelConfig; did you mean model.num_layers"),
+        (("optimiser",), {}, "optimiser is not a field of Config; did you mean optimizer"),
+        (("model", "norm"), "none", "model.norm must be one of rms, layer, got 'none'"),
+        (("optimizer", "name"), "adam", "optimizer.name must be one of adamw, lion, muon, sgd, got 'adam'"),
+        (("steps",), True, "steps must be int"),
     ],
 )
 def test_a_damaged_description_is_refused(path, value, words):
@@ -34,7 +37,7 @@ def test_a_damaged_description_is_refused(path, value, words):
 
 
 def test_differences_name_both_values(replaced):
-    asked = replaced(Config(), {"model.dim": 32, "log_every": 3, "mesh.data": 2, "checkpoint.keep": 9})
+    asked = replaced(Config(), {"model.dim": 32, "log_every": 3, "mesh.data": 2, "loop": "pmap", "checkpoint.keep": 9})
     assert differences(Config(), asked) == [f"--model.dim 32 (the run has {ModelConfig().dim})"]
     assert differences(Config(), Config()) == []
 
@@ -43,6 +46,23 @@ def test_differences_name_both_values(replaced):
 def test_counts_are_positive(name, replaced):
     with pytest.raises(ValueError, match=f"--{name}: must be at least 1, got 0"):
         replaced(Config(), {name: 0})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optimizer.name": "adam"}, "unknown --optimizer.name 'adam': did you mean 'adamw'"),
+        ({"optimizer.schedule": "cosin"}, "unknown --optimizer.schedule 'cosin': did you mean 'cosine'"),
+        ({"loop": "pjit"}, "unknown --loop 'pjit'"),
+        ({"optimizer.warmup": 1.5}, r"--optimizer.warmup: is a fraction of all steps, in \[0, 1\], got 1.5"),
+        ({"optimizer.schedule": "wsd", "optimizer.cooldown": 0.95}, "--optimizer.cooldown: 0.95 and the warmup, 0.1, are more"),
+        ({"ema": 1.0}, "--ema: is a decay between 0 and 1, e.g. 0.999, got 1.0"),
+        ({"accumulate": 0}, "--accumulate: must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be(values, words, replaced):
+    with pytest.raises(ValueError, match=words):
+        replaced(Config(), values)
 
 
 def test_smoke_is_short():
@@ -91,6 +111,12 @@ def test_bad_mixer_arguments(taken, words):
         ("--data.context 100000000", "do not fit into the training split"),
         ("--mesh.data 3", "needs 3 devices, and there are 8"),
         ("--mesh.data 8 --batch 12", "--batch: 12 examples do not divide over data x fsdp = 8 devices"),
+        (
+            "--mesh.data 8 --batch 16 --accumulate 4",
+            "16 examples do not divide over data x fsdp = 8 devices x --accumulate 4 = 32",
+        ),
+        ("--mesh.data 4 --mesh.tensor 2 --loop pmap", "--loop pmap: copies of the whole model"),
+        ("--task digits --mesh.context 8", "--mesh.context: 8 devices would all hold and do the same"),
         ("--mesh.context 8 --data.context 12", "--data.context: 12 tokens do not divide over --mesh.context 8"),
         ("--model.num-heads 3", "3 heads do not divide dim=16"),
         ("--task digits --model.patch-size 3", "--model.patch-size: 3 does not divide the images"),

@@ -4,11 +4,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attnzoo import catalog
+from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.nn.linear import axis_names, named
 from train.config import MeshConfig
-from train.sharding import AXES, RULES, make_mesh, shardings
+from train.sharding import AXES, LARGE, RULES, check_axes, make_mesh, on_mesh, shardings
 from train.tasks import make_task
 from train.trainer import Trainer
 
@@ -20,7 +23,7 @@ def train(config, steps=3):
     trainer = Trainer(task, config, mesh)
     state, data = trainer.init(), iter(task.batches())
     losses = []
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         for _ in range(steps):
             state, metrics = trainer.train_step(state, trainer.put(next(data)))
             losses.append(float(metrics["loss"]))
@@ -31,6 +34,29 @@ def train(config, steps=3):
 @pytest.fixture
 def eight(tiny, replaced):
     return replaced(tiny, {"model.mlp_dim": 32})
+
+
+# One of each kind: plain attention, a carry through depth, factors, latents, convolutions along the sequence.
+EQUAL = ["transformer", "value_residual", "tpa", "transmla", "cca"]
+
+
+@pytest.mark.parametrize("mixer", EQUAL[1:])
+def test_a_mesh_does_not_change_the_loss_of_other_mixers(mixer, eight, replaced):
+    config = replaced(eight, {"mixer": mixer, "model.num_layers": 2, "model.dim": 32, "model.num_heads": 4})
+    one, _, _ = train(config, 8)
+    many, _, _ = train(replaced(config, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)}), 8)
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2)], ids=["2x2x2", "4x2"])
+@pytest.mark.parametrize("mixer", EQUAL)
+def test_fifty_steps_on_a_mesh(mixer, mesh, eight, replaced):
+    values = {"mixer": mixer, "model.num_layers": 2, "model.dim": 32, "model.num_heads": 4, "model.mlp_dim": 64, "steps": 50}
+    config = replaced(eight, values)
+    one, _, _ = train(config, 50)
+    many, _, _ = train(replaced(config, {"mesh": mesh}), 50)
+    np.testing.assert_allclose(many, one, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +106,57 @@ def test_what_does_not_divide_stays_whole():
     }
 
 
-def test_every_name_of_the_models_has_a_rule(tiny):
-    trainer = Trainer(make_task(tiny), tiny, make_mesh(MeshConfig()))
-    variables = jax.tree.leaves(trainer.abstract.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    names = {name for v in variables for name in axis_names(v)}
+@pytest.mark.parametrize("mixer", catalog.mixers())
+def test_every_mixer_is_divided(mixer):
+    """At a real width: every name has a rule, and next to nothing stays whole on fsdp=4, tensor=2."""
+    config = LMConfig(dim=512, num_layers=2, num_heads=8, mixer=mixer)
+    params = jax.eval_shape(lambda: nnx.split(DecoderLM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)[1])
+    variables = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    names = {name for v in variables for name in axis_names(v) or ()}
     assert names - {None} <= RULES.keys()
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings(params, mesh)), strict=True)
+    sizes = [(leaf.size, any(sharding.spec)) for leaf, sharding in pairs]
+    whole, everything = sum(size for size, divided in sizes if not divided), sum(size for size, _ in sizes)
+    assert whole < 0.01 * everything
+
+
+def test_a_large_parameter_is_divided_over_fsdp_whatever_its_names():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    half = int(LARGE**0.5) // 2
+    params = {
+        "no rule": nnx.Param(np.zeros((4 * half, half)), **named(None, None)),
+        "unnamed": nnx.Param(np.zeros((half, 4 * half))),
+        "tensor alone": nnx.Param(np.zeros((4 * half, half)), **named("mlp", "head_dim")),
+        "layers": nnx.Param(np.zeros((8 * half, half)), **named("layers", None)),
+        "does not divide": nnx.Param(np.zeros((half + 1, 4 * half + 1)), **named(None, None)),
+        "small": nnx.Param(np.zeros((half, half)), **named(None, None)),
+        "by its name": nnx.Param(np.zeros((half, 4 * half)), **named("embed", None)),
+    }
+    specs = {name: jax.tree.leaves(found)[0].spec for name, found in shardings(params, mesh).items()}
+    assert specs == {
+        "no rule": P("fsdp", None),
+        "unnamed": P(None, "fsdp"),
+        "tensor alone": P("tensor", "fsdp"),
+        "layers": P(None, "fsdp"),
+        "does not divide": P(),
+        "small": P(),
+        "by its name": P("fsdp", None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("mesh", "params", "sequence", "words"),
+    [
+        (MeshConfig(tensor=8), [("fsdp",)], {"tokens"}, "--mesh.tensor: 8 devices would all hold and do the same.*heads"),
+        (MeshConfig(data=4, fsdp=2), [("tensor",), ()], {"tokens"}, "--mesh.fsdp: 2 devices.*embed"),
+        (MeshConfig(data=4, context=2), [("fsdp",)], set(), "--mesh.context: 2 devices.*examples have no axis of tokens"),
+    ],
+)
+def test_an_axis_that_divides_nothing_is_refused(mesh, params, sequence, words):
+    mesh = make_mesh(mesh)
+    with pytest.raises(ValueError, match=words):
+        check_axes([NamedSharding(mesh, P(*axes)) for axes in params], frozenset(sequence), mesh)
 
 
 def test_one_device_is_the_mesh_of_ones():

@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnzoo.models.vit import ViT, ViTConfig
-from attnzoo.zoo.heads.moh import MixtureOfHeadAttention, active_head_fraction, moh_load_balance_loss
+from attnzoo.nn.auxiliary import collecting
+from attnzoo.zoo.heads.moh import MixtureOfHeadAttention, active_head_fraction
 from train.claims import ClaimResult
 from train.claims.common import fit
 
@@ -62,12 +63,10 @@ def loss_with(coefficient: float | None) -> Callable[[ViT, tuple[Images, Array]]
 
     def loss(model: ViT, batch: tuple[Images, Array]) -> Array:
         images, labels = batch
-        total = optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
-        if coefficient:
-            routings = [mixer.route(x) for mixer, x in mixer_inputs(model, images)]
-            balance = [moh_load_balance_loss(r.probabilities, r.active) for r in routings]
-            total = total + coefficient * jnp.stack(balance).mean()
-        return total
+        with collecting() as found:
+            logits = model(images)
+        total = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return total + coefficient * found["head_balance"].value if coefficient else total
 
     return loss
 

@@ -106,6 +106,14 @@ class Task(ABC):
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array]) -> jax.Array:
         """The mean loss that is trained on, a scalar."""
 
+    def loss_weight(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """How much `loss` of this batch counts against that of another: what it is a mean over, examples or tokens.
+
+        By default the batch's "weight" where it has one, else its number of examples.
+        """
+        given = batch.get("weight")
+        return jnp.asarray(len(next(iter(batch.values()))), jnp.float32) if given is None else given.astype(jnp.float32).sum()
+
     @abstractmethod
     def evaluate(self, model: nnx.Module, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Sums over a validation batch, of which `score` makes metrics. Padding rows have weight 0."""

@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, PyTree
 
 from attnzoo.core.positions import RoPE
 from attnzoo.errors import unknown
+from attnzoo.nn.auxiliary import auxiliary_loss
 from attnzoo.nn.block import Block
 from attnzoo.nn.feed_forward import SwiGLU
 from attnzoo.nn.linear import head_counts, linear, named
@@ -43,6 +44,9 @@ from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 VARIANTS = ("kv_experts", "kv_shared")
 ROUTINGS = ("soft", "top1", "top2")
 ROUTER_INITS = {"normal": nnx.initializers.normal(0.02), "zeros": nnx.initializers.zeros}
+
+ALPHA, BETA = 0.01, 0.001
+"""Coefficients of L_LB and L_z, summed over layers."""
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -183,6 +187,7 @@ class MoEFFN(nnx.Module):
     """Σ_{i in top-k} p_i FFN_i(u) with SwiGLU networks, [*B, D] -> [*B, D]; only the chosen ones are computed.
 
     hidden: F of one expert. num_experts: E. top_k: k. router_init: as in `SoftMixtureOfAttention`.
+    Training adds alpha L_LB ("expert_balance") and beta L_z ("expert_router_z"), see `nn.auxiliary`.
 
     Raises ValueError for a k that is not in 1..E.
     """
@@ -228,7 +233,10 @@ class MoEFFN(nnx.Module):
 
     def __call__(self, u: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         tokens = u.reshape(-1, u.shape[-1])
-        p, chosen = jax.lax.top_k(self.route(tokens).probabilities, self.top_k)
+        routing = self.route(tokens)
+        auxiliary_loss("expert_balance", lambda: routing.losses()[0], ALPHA)
+        auxiliary_loss("expert_router_z", lambda: routing.losses()[1], BETA)
+        p, chosen = jax.lax.top_k(routing.probabilities, self.top_k)
         # One row per token and choice, sorted by expert, so that every expert multiplies a block of rows.
         expert = chosen.reshape(-1)
         order = jnp.argsort(expert, stable=True)

@@ -38,6 +38,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from attnzoo.errors import unknown
+from attnzoo.nn.auxiliary import auxiliary_loss
 from attnzoo.nn.linear import linear
 from attnzoo.nn.routing import load_balance_loss as moh_load_balance_loss
 from attnzoo.nn.routing import mean_over_tokens, top_k_mask
@@ -133,6 +134,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
     style: how router outputs become gates, "paper", "code" or "tuned".
     shared_heads: h_s, heads 0..h_s-1, always active; a quarter of them by default.
     top_k: k, how many of the others are active for a token; by default as many as makes three quarters of all heads.
+    balance: coefficient of the load-balance loss, "head_balance", which training adds (see `nn.auxiliary`); 0 for none.
     Further arguments as in `GroupedQueryAttention`. Routing is the query token's; with a memory too.
 
     Raises ValueError for an unknown style and for head counts that do not fit.
@@ -146,6 +148,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         style: str = "code",
         shared_heads: int | None = None,
         top_k: int | None = None,
+        balance: float = 0.01,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -158,7 +161,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         h_r = num_heads - h_s
         top_k = max(-(-3 * num_heads // 4) - h_s, min(1, h_r)) if top_k is None else top_k
         check_heads(h_s, h_r, top_k)
-        self.style, self.shared_heads, self.top_k = style, h_s, top_k
+        self.style, self.shared_heads, self.top_k, self.balance = style, h_s, top_k, balance
 
         def router(outputs: int) -> nnx.LinearGeneral:
             return linear(dim, outputs, ("embed", None), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -190,7 +193,15 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
 
     def merge(self, o: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Σ_n g_n o_n W_O^n."""
-        return super().merge(o * self.route(x).gates[..., None].astype(o.dtype), x)
+        routing = self.route(x)
+        if self.balance and self.top_k:
+            auxiliary_loss(
+                "head_balance",
+                lambda: moh_load_balance_loss(routing.probabilities, routing.active),
+                self.balance,
+                average=True,
+            )
+        return super().merge(o * routing.gates[..., None].astype(o.dtype), x)
 
 
 def moh_from_mha(
