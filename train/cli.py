@@ -1,21 +1,24 @@
-"""The commands `attnzoo train | compare | generate | claim`. What a user got wrong is raised as ValueError."""
+"""The commands `attnzoo train | compare | generate | claim | plan`. What a user got wrong is raised as ValueError."""
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from train.claim import ClaimConfig, run_claim
+from train.command_line import option as _option
+from train.command_line import parse as _parse
 from train.compare import compare, table
 from train.config import Config, differences, smoke
 from train.generate import GenerateConfig, generate
 from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
+from train.presets import preset
 from train.report import print_result
 from train.rundir import CONFIG, free_folder, open_run
 from train.suite import run_suite, smoke_suite, suite_named
@@ -34,6 +37,7 @@ examples:
   attnzoo train --mixer value_residual --steps 800 --seed 1
   attnzoo train --task digits
   attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
+  attnzoo train --preset llm-100m --mesh.fsdp 8
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
 """
@@ -93,6 +97,8 @@ class TrainCommand:
     """Continue the run in this folder, exactly where its last checkpoint stands."""
     smoke: bool = False
     """A run of CI length: at most 20 steps with 8 examples each."""
+    preset: str | None = None
+    """Start from the sizes of llm-100m, llm-1b, llm-7b or vit-l instead of the task's own."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +165,11 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     resume = _option(line, "--resume")
     if resume is not None and _option(line, "--out") is not None:
         raise ValueError("--out: a resumed run stays in its folder; give --resume alone")
+    named = _option(line, "--preset")
+    if resume is not None and named is not None:
+        raise ValueError("--preset: a resumed run keeps its configuration; give --resume alone")
     stored = None if resume is None else open_run(Path(resume).expanduser()).config
-    default = stored or task_class(_option(line, "--task") or Config.task).defaults()
+    default = stored or (preset(named) if named else task_class(_option(line, "--task") or Config.task).defaults())
     mixer = _option(line, "--mixer") or default.mixer
     description = f"{_TRAIN}\narguments of the mixer {mixer}:\n{describe_mixer_args(mixer)}"
     command = _parse(TrainCommand, line, "train", description, TrainCommand(config=default))
@@ -238,19 +247,8 @@ def claim_main(argv: Sequence[str]) -> int:
     return 0
 
 
-_Command = TypeVar("_Command")
+def plan_main(argv: Sequence[str]) -> int:
+    """`attnzoo plan`: 0 if it fits, 1 if not."""
+    from train.plan.command import run_plan  # other commands need nothing of it
 
-
-def _parse(kind: type[_Command], argv: Sequence[str], name: str, description: str, default: _Command | None = None) -> _Command:
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(argv), prog=f"attnzoo {name}", description=description, **options)
-
-
-def _option(argv: Sequence[str], name: str) -> str | None:
-    """The value of an option before the command line is parsed, because the defaults depend on it."""
-    for index, word in enumerate(argv):
-        if word.startswith(name + "="):
-            return word.partition("=")[2]
-        if word == name and index + 1 < len(argv):
-            return argv[index + 1]
-    return None
+    return run_plan(argv)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from attnzoo.nn.linear import axis_names
 from train.config import Config
-from train.sharding import on_mesh, put_batch, shardings
+from train.sharding import batch_sharding, on_mesh, put_batch, shardings
 from train.tasks.base import Batch, Task
 
 
@@ -88,14 +88,25 @@ class Trainer:
         self.abstract: TrainState = jax.eval_shape(self._init)
         self.shardings: TrainState = shardings(self.abstract, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
-        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
-        self.train_step = one_at_a_time(step, mesh)
+        self._compiled_step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self.train_step = one_at_a_time(self._compiled_step, mesh)
         self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate), mesh)
 
     def init(self, seed: int | None = None) -> TrainState:
         """The state before the first step, created in place on the mesh. seed: instead of the configuration's."""
         with on_mesh(self.mesh):
             return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
+
+    def trace(self, batch: dict[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
+        """The training step for batches of these shapes, to be lowered; its mesh may be one of devices that are not here."""
+
+        def laid(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        state = jax.tree.map(laid, self.abstract, self.shardings)
+        placed = {name: laid(x, batch_sharding(name, self.task.sequence, self.mesh)) for name, x in batch.items()}
+        with on_mesh(self.mesh):
+            return self._compiled_step.trace(state, placed)
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         return put_batch(batch, self.task.sequence, self.mesh)

@@ -43,6 +43,7 @@ class Text(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self.vocab_size = tokenizer.VOCAB_SIZE
         self.train_tokens, self.validation_tokens = _split_tokens(self.dataset)
         shortest = min(len(self.train_tokens), len(self.validation_tokens))
         if shortest <= config.data.context:
@@ -72,7 +73,7 @@ class Text(Task):
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def make_model(self, rngs: nnx.Rngs) -> DecoderLM:
-        config = LMConfig(vocab_size=tokenizer.VOCAB_SIZE, max_length=self.context, **self.layer_options())
+        config = LMConfig(vocab_size=self.vocab_size, max_length=self.context, **self.layer_options())
         return DecoderLM(config, rngs=rngs)
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array]) -> jax.Array:
