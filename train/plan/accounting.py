@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,19 +27,35 @@ class Collectives:
     received: int
 
 
-_COLLECTIVES = (
+KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
 
 
+def collective_runs(program: Program) -> Iterator[tuple[str, Run]]:
+    """(kind, run) of every collective, each once.
+
+    A TPU program that overlaps one with arithmetic spreads it over several fusions: they name it by the same channel. An
+    all-reduce of which each device keeps a part is a reduce-scatter.
+    """
+    seen: set[str] = set()
+    for run in program.runs:
+        kind = run.instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        channel = re.search(r"channel_id=\d+", run.instruction.attributes)
+        if run.fused and channel:
+            if channel.group() in seen:
+                continue
+            seen.add(channel.group())
+        yield ("reduce-scatter" if run.computation.name.startswith("all-reduce-scatter") else kind), run
+
+
 def collectives(program: Program, devices: int) -> list[Collectives]:
     """By kind and size of group, most received bytes first. devices: of the program, all of them when it names no groups."""
     found: dict[tuple[str, int], list[int]] = {}
-    for run in program.runs:
-        kind = run.instruction.opcode.removesuffix("-start")
-        if kind not in _COLLECTIVES:
-            continue
+    for kind, run in collective_runs(program):
         n = _group(run.instruction, devices)
         held = sum(s.bytes for shapes in run.computation.operands(run.instruction) for s in shapes)
         moved, received = {
@@ -55,14 +72,25 @@ def collectives(program: Program, devices: int) -> list[Collectives]:
 
 
 def _group(i: Instruction, devices: int) -> int:
+    """Devices that a collective runs among; XLA writes its groups in three ways."""
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", i.attributes)
     if iota:
         return int(iota.group(2))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", i.attributes)
     if listed:
         return len(listed.group(1).split(","))
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.attributes)
+    if axes:
+        sides = dict(re.findall(r"'([^']+)'=(\d+)", axes.group(1)))
+        # A part of an axis stands there as 'axis':(before)size.
+        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes.group(2))
+        return math.prod(int(part or sides[axis]) for axis, part in named)
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", i.attributes)
-    return _longest_cycle(pairs.group(1)) if pairs else devices
+    if pairs:
+        return _longest_cycle(pairs.group(1))
+    if re.search(r"replica_groups=(?!\{\})", i.attributes):
+        raise ValueError(f"the groups of a collective are written in an unknown way: {i.attributes[:200]}")
+    return devices
 
 
 def _longest_cycle(pairs: str) -> int:

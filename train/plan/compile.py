@@ -18,7 +18,7 @@ from train.plan.memory import Memory, State, memory_of, state_bytes
 from train.plan.roofline import Roofline, roofline
 from train.plan.tasks import Sizes, shapes_task
 from train.plan.traffic import memory_traffic
-from train.sharding import batch_sharding, check_batch, make_mesh
+from train.sharding import batch_sharding, check_batch, make_mesh, on_mesh
 from train.trainer import Trainer
 
 
@@ -94,7 +94,7 @@ def compile_step(prepared: Prepared, pod: Slice) -> Planned:
 
     began = time.monotonic()
     trainer, batch, devices = prepared.trainer, prepared.batch, len(pod.devices)
-    with compiling_for(pod.chip.kernels), recorded_choices() as choices:
+    with on_mesh(trainer.mesh), compiling_for(pod.chip.kernels), recorded_choices() as choices:
         traced = trainer.trace(batch)
         forward = count.forward_flops(trainer, batch)
         lowered = traced.lower(lowering_platforms=("tpu",))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from attnzoo.errors import unknown
 from train.config import Config
 from train.tasks.digits import Digits
 from train.tasks.text import Text
@@ -53,6 +54,8 @@ class ImageShapes(Digits):
 
 
 def shapes_task(config: Config, sizes: Sizes) -> TextShapes | ImageShapes:
-    """The task of a configuration without its data."""
+    """The task of a configuration without its data. Raises ValueError, with the nearest names, for an unknown one."""
     tasks: dict[str, type[TextShapes | ImageShapes]] = {task.name: task for task in (TextShapes, ImageShapes)}
+    if config.task not in tasks:
+        raise unknown("task", config.task, tasks)
     return tasks[config.task](config, sizes)
