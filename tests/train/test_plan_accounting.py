@@ -126,6 +126,57 @@ def test_collectives_by_kind_group_and_bytes(kind, mesh):
     assert found.received == 3 * received * 64 * 4
 
 
+OVERLAPPED = """
+HloModule overlapped
+
+%start (p.0: bf16[8,16]) -> (bf16[8,16], bf16[32,16]) {
+  %p.0 = bf16[8,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,16]{1,0} all-gather(%p.0), channel_id=6, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  ROOT %cc.1 = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (p.1: bf16[8,16], p.2: bf16[32,16], p.3: bf16[64,64]) -> (bf16[64,64], bf16[8,16], bf16[32,16]) {
+  %p.1 = bf16[8,16]{1,0} parameter(0)
+  %p.2 = bf16[32,16]{1,0} parameter(1)
+  %p.3 = bf16[64,64]{1,0} parameter(2)
+  %dot.1 = bf16[64,64]{1,0} dot(%p.3, %p.3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all-gather.2 = bf16[32,16]{1,0} all-gather(%p.1), channel_id=6, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  ROOT %tuple.1 = (bf16[64,64]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) tuple(%dot.1, %p.1, %p.2)
+}
+
+%all-reduce-scatter.1 (p.4: bf16[64,64]) -> bf16[32,64] {
+  %p.4 = bf16[64,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %all-reduce.1 = bf16[64,64]{1,0} all-reduce(%p.4), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %slice.1 = bf16[32,64]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={32,64}
+}
+
+ENTRY %main (a: bf16[8,16], b: bf16[64,64]) -> bf16[32,64] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[64,64]{1,0} parameter(1)
+  %async-collective-start = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %g.0 = bf16[8,16]{1,0} get-tuple-element(%async-collective-start), index=0
+  %g.1 = bf16[32,16]{1,0} get-tuple-element(%async-collective-start), index=1
+  %f = (bf16[64,64]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%g.0, %g.1, %b), calls=%async_collective_fusion.1
+  %g.2 = bf16[64,64]{1,0} get-tuple-element(%f), index=0
+  ROOT %s = bf16[32,64]{1,0} fusion(%g.2), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_collective_that_overlaps_arithmetic_counts_once():
+    """As TPU programs write them: spread over fusions that share a channel; an all-reduce of which a part is kept."""
+    program = Program(OVERLAPPED)
+    scattered, gathered = accounting.collectives(program, 8)
+    assert (gathered.kind, gathered.group, gathered.count) == ("all-gather", 4, 1)
+    assert (gathered.bytes, gathered.received) == (32 * 16 * 2, 24 * 16 * 2)
+    assert (scattered.kind, scattered.group, scattered.count) == ("reduce-scatter", 2, 1)
+    assert (scattered.bytes, scattered.received) == (64 * 64 * 2, 32 * 64 * 2)
+    assert accounting.flops(program) == 2 * 64**3
+    # The gather's operand and result; the product's (whose operand is read once) and its result; what the scatter reads, keeps.
+    assert memory_traffic(program) == (8 + 32) * 16 * 2 + 2 * 64 * 64 * 2 + (64 + 32) * 64 * 2
+
+
 def test_fsdp_gathers_each_weight_once_forward(mesh):
     """x by rows and w by its first axis over the same devices: each device gets the rest of w, (n - 1) / n of its bytes."""
     x = jax.ShapeDtypeStruct((512, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
