@@ -1,4 +1,4 @@
-"""The command line: `attnzoo list | show | train | compare | generate | export | claim | bench`.
+"""The command line: `attnzoo list | show | train | compare | generate | export | claim | plan | bench`.
 
 `list` and `show` live here. The other commands belong to the packages `train` and `benchmarks`, which are
 imported only when one of them is asked for: the one place where the library reaches up to what stands on it.
@@ -28,6 +28,7 @@ commands:
   generate    continue a prompt with a trained checkpoint
   export      write a trained model as a safetensors file
   claim       run the experiment that checks a paper's central claim
+  plan        compile a training step for a TPU pod that is not there
   bench       measure the library against its peers
 
 examples:
@@ -228,7 +229,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "list": _list,
     "show": _show,
     "bench": _bench,
-    **{name: _delegate(name) for name in ("train", "compare", "generate", "export", "claim")},
+    **{name: _delegate(name) for name in ("train", "compare", "generate", "export", "claim", "plan")},
 }
 
 

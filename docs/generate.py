@@ -1,4 +1,5 @@
-"""Writes `docs/catalog.md` from the catalog, and `docs/leaderboard.md` and the README's table from `benchmarks/results`.
+"""Writes `docs/catalog.md` from the catalog, and from `benchmarks/results` `docs/leaderboard.md`, the README's table and the
+plans of `docs/guide/planning.md`.
 
 Run `python docs/generate.py` after adding an exhibit and after measuring.
 """
@@ -14,7 +15,10 @@ BOARD_PAGE = ROOT / "docs" / "leaderboard.md"
 BOARD = ROOT / "benchmarks" / "results" / "language" / "leaderboard.json"
 README = ROOT / "README.md"
 MEASURED = ROOT / "benchmarks" / "results" / "attention_causal.json"
+PLAN_PAGE = ROOT / "docs" / "guide" / "planning.md"
+PLANS = ROOT / "benchmarks" / "results" / "plan"
 START, END = "<!-- measured: written by docs/generate.py -->\n", "<!-- end of measured -->\n"
+PLANS_START, PLANS_END = "<!-- plans: written by docs/generate.py -->\n", "<!-- end of plans -->\n"
 
 
 def page() -> str:
@@ -138,7 +142,62 @@ def measured() -> str:
     return "\n" + "\n".join(lines) + "\n\n"
 
 
+def planning() -> str:
+    """The page on planning with its table renewed; the rest is kept."""
+    before, _, rest = PLAN_PAGE.read_text(encoding="utf-8").partition(PLANS_START)
+    _, _, after = rest.partition(PLANS_END)
+    return before + PLANS_START + plans() + PLANS_END + after
+
+
+def plans() -> str:
+    """The recorded plans, one per line, or how to record them."""
+    recorded = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PLANS.glob("*/plan.json"))]
+    if not recorded:
+        return "\nNone is recorded; `attnzoo plan ... --out benchmarks/results/plan/NAME` records one.\n\n"
+    versions = ", ".join(f"{name} {value}" for name, value in recorded[0]["versions"].items() if name != "python")
+    lines = [
+        "",
+        "| pod | config | mixer | attention | mesh | batch, remat | GiB per device | FLOPs | received, GiB | "
+        "ms per step, at least | limited by | peak, at most |",
+        "|---|---|---|---|---|---|--:|--:|--:|--:|---|--:|",
+    ]
+    for made in recorded:
+        asked, found = made["plan"], (made["search"] or {}).get("found")
+        tries = (made["search"] or {"tries": []})["tries"]
+        best = next((t["plan"] for t in tries if found and t["change"] == found), asked)
+        lines.append(f"| {' | '.join(_planned(made, best))} |")
+        if best is not asked:
+            needed = f"{asked['needed'] / 2**30:.1f} of {asked['usable'] / 2**30:.1f} GiB"
+            lines[-1] = lines[-1].replace(f"`{made['preset']}`", f"`{made['preset']}` as asked {needed}; fits with `{found}`")
+    lines += [
+        "",
+        f"Per device and step, by `attnzoo plan` ({versions}). FLOPs as compiled. Peak, at most: the share of it that the "
+        "model's own FLOPs reach in that time. Written by `python docs/generate.py` from `benchmarks/results/plan`, where each "
+        "file holds its command.",
+    ]
+    return "\n".join(lines) + "\n\n"
+
+
+def _planned(made: dict, plan: dict) -> list[str]:
+    """The cells of one plan."""
+    config, roof = plan["config"], plan["roofline"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in config["mesh"].items() if size > 1)
+    kinds = [words.split(" ")[0] for words in plan["attention"]]
+    cells = [
+        made["topology"], f"`{made['preset']}`", f"`{config['mixer']}`", ", ".join(dict.fromkeys(kinds)), mesh,
+        f"{config['batch']}, {config['model']['remat']}", f"{plan['needed'] / 2**30:.2f} of {plan['usable'] / 2**30:.0f}",
+    ]  # fmt: skip
+    if roof is None:
+        return [*cells, "", "", "does not fit", "", ""]
+    peak = made["chip"]["flops"] / made["chip"]["devices"]
+    received = sum(c["received"] for c in plan["collectives"]) / 2**30
+    share = f"{plan['flops']['model'] / peak / roof['seconds']:.0%}"
+    return [
+        *cells, f"{plan['flops']['compiled']:.2g}", f"{received:.1f}", f"{1000 * roof['seconds']:.0f}", roof["limiter"], share,
+    ]  # fmt: skip
+
+
 if __name__ == "__main__":
-    for path, text in ((PAGE, page()), (BOARD_PAGE, leaderboard()), (README, readme())):
+    for path, text in ((PAGE, page()), (BOARD_PAGE, leaderboard()), (README, readme()), (PLAN_PAGE, planning())):
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")

@@ -23,6 +23,7 @@ def test_what_is_generated_is_up_to_date(generate):
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run: python docs/generate.py"
     assert generate.BOARD_PAGE.read_text(encoding="utf-8") == generate.leaderboard(), "run: python docs/generate.py"
     assert generate.README.read_text(encoding="utf-8") == generate.readme(), "run: python docs/generate.py"
+    assert generate.PLAN_PAGE.read_text(encoding="utf-8") == generate.planning(), "run: python docs/generate.py"
 
 
 def test_measurements_become_a_table(generate, tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
-"""The commands `attnzoo train | compare | generate | export | claim`. What a user got wrong is raised as ValueError."""
+"""The commands `attnzoo train | compare | generate | export | claim | plan`. What a user got wrong is raised as ValueError."""
 
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.table import Table
 
 from train import processes
 from train.claim import ClaimConfig, run_claim
+from train.command_line import option as _option
+from train.command_line import parse as _parse
 from train.compare import compare, table
 from train.config import Config, absolute_paths, differences, smoke
 from train.export import ExportConfig, export
@@ -20,6 +22,7 @@ from train.generate import GenerateConfig, generate
 from train.launch import launch
 from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
+from train.presets import preset
 from train.processes import INTERRUPTED, DistributedConfig
 from train.report import print_result
 from train.rundir import CONFIG, free_folder, open_run
@@ -41,6 +44,7 @@ examples:
   srun attnzoo train --mesh.fsdp 64 --batch 512 --out /shared/run
   attnzoo train --optimizer.name muon --optimizer.schedule wsd --ema 0.99
   attnzoo train --batch 64 --accumulate 8 --model.dtype bfloat16
+  attnzoo train --preset llm-100m --mesh.fsdp 8
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
 """
@@ -112,6 +116,8 @@ class TrainCommand:
     processes: int = 1
     """Start this many processes on this machine, each with its own devices, which train together."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    preset: str | None = None
+    """Start from the sizes of llm-100m, llm-1b, llm-7b or vit-l instead of the task's own."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +203,11 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     resume = _option(line, "--resume")
     if resume is not None and _option(line, "--out") is not None:
         raise ValueError("--out: a resumed run stays in its folder; give --resume alone")
+    named = _option(line, "--preset")
+    if resume is not None and named is not None:
+        raise ValueError("--preset: a resumed run keeps its configuration; give --resume alone")
     stored = None if resume is None else open_run(Path(resume).expanduser()).config
-    default = stored or task_class(_option(line, "--task") or Config.task).defaults()
+    default = stored or (preset(named) if named else task_class(_option(line, "--task") or Config.task).defaults())
     mixer = _option(line, "--mixer") or default.mixer
     description = f"{_TRAIN}\narguments of the mixer {mixer}:\n{describe_mixer_args(mixer)}"
     command = _parse(TrainCommand, line, "train", description, TrainCommand(config=default))
@@ -287,19 +296,8 @@ def claim_main(argv: Sequence[str]) -> int:
     return 0
 
 
-_Command = TypeVar("_Command")
+def plan_main(argv: Sequence[str]) -> int:
+    """`attnzoo plan`: 0 if it fits, 1 if not."""
+    from train.plan.command import run_plan  # other commands need nothing of it
 
-
-def _parse(kind: type[_Command], argv: Sequence[str], name: str, description: str, default: _Command | None = None) -> _Command:
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(argv), prog=f"attnzoo {name}", description=description, **options)
-
-
-def _option(argv: Sequence[str], name: str) -> str | None:
-    """The value of an option before the command line is parsed, because the defaults depend on it."""
-    for index, word in enumerate(argv):
-        if word.startswith(name + "="):
-            return word.partition("=")[2]
-        if word == name and index + 1 < len(argv):
-            return argv[index + 1]
-    return None
+    return run_plan(argv)

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attnzoo.core.sharding import attention_axes
@@ -32,14 +33,14 @@ LARGE = 2**16
 """Numbers from which on a parameter is divided over fsdp whatever its axes are called; less is not worth gathering."""
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor, context).
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor, context) of `devices`, by default all there are, neighbours next to each other.
 
     Raises ValueError when the product of its sides is neither the number of devices nor, in a single process, 1, which
     takes the first device.
     """
     shape = tuple(getattr(config, axis) for axis in AXES)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     count = math.prod(shape)
     single = 1 if jax.process_count() == 1 else len(devices)
     if count not in (single, len(devices)):
@@ -48,7 +49,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"{count} devices, and there are {len(devices)}; the product must be {len(devices)}"
             + (", or 1 for a single device" if single == 1 else f", the devices of all {jax.process_count()} processes")
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
+    # An axis of the mesh may take a part of an axis of the torus: jax.make_mesh refuses that on most generations.
+    grid = mesh_utils.create_device_mesh(shape, list(devices[:count]), allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
@@ -120,15 +123,20 @@ def check_axes(params: Any, sequence: frozenset[str], mesh: Mesh) -> None:
             )
 
 
+def batch_sharding(name: str, sequence: frozenset[str], mesh: Mesh) -> NamedSharding:
+    """Where the array `name` of a batch lies: rows over data and fsdp, tokens of those in `sequence` over context."""
+    axes = (("data", "fsdp"), *(("context",) if name in sequence else ()))
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 def put_batch(batch: dict[str, np.ndarray], sequence: frozenset[str], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch on the mesh: rows over data and fsdp, tokens of the arrays in `sequence` over context.
+    """The global batch on the mesh.
 
     Every process holds the same global batch and hands over the part its devices need.
     """
 
     def put(name: str, value: np.ndarray) -> jax.Array:
-        axes = (("data", "fsdp"), *(("context",) if name in sequence else ()))
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        sharding = batch_sharding(name, sequence, mesh)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return {name: put(name, value) for name, value in batch.items()}

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from attnzoo.nn.auxiliary import collecting, objective
 from train.config import Config
 from train.optimizers import averaged, learning_rate, make_optimizer
-from train.sharding import on_mesh, put_batch, shardings
+from train.sharding import batch_sharding, on_mesh, put_batch, shardings
 from train.tasks.base import Batch, Task
 
 
@@ -82,6 +82,17 @@ class Trainer:
         """The state before the first step, created in place on the mesh. seed: instead of the configuration's."""
         with on_mesh(self.mesh):
             return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
+
+    def trace(self, batch: dict[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
+        """The training step for batches of these shapes, to be lowered; its mesh may be one of devices that are not here."""
+
+        def laid(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        state = jax.tree.map(laid, self.abstract, self.shardings)
+        placed = {name: laid(x, batch_sharding(name, self.task.sequence, self.mesh)) for name, x in batch.items()}
+        with on_mesh(self.mesh):
+            return self._compiled_step.trace(state, placed)
 
     def put(self, batch: Batch) -> Arrays:
         """A training batch on the mesh."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +89,32 @@ def attention(
     return returned[0] if len(returned) == 1 else tuple(returned)
 
 
+class Choice(NamedTuple):
+    """A backend that a call took, why, and why others could not run it."""
+
+    backend: str
+    reason: str
+    refused: dict[str, str]
+
+
+_CHOICES: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("attention_choices", default=None)
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """What every call of :func:`attention` chooses, in order, while it is traced inside."""
+    choices: list[Choice] = []
+    token = _CHOICES.set(choices)
+    try:
+        yield choices
+    finally:
+        _CHOICES.reset(token)
+
+
+def _refused(request: Request) -> dict[str, str]:
+    return {name: why for name, module in BACKENDS.items() if (why := module.refusal(request)) is not None}
+
+
 def _run(request: Request, backend: str) -> Any:
     if not isinstance(request.weights, Mixture):
         if not request.weights.reads_logits and request.score is None:
@@ -95,7 +124,9 @@ def _run(request: Request, backend: str) -> Any:
                 one = dataclasses.replace(request.geometry, queries=1, q_positions=None)
                 row = _run(dataclasses.replace(request, q=request.q[:, :1], geometry=one), backend)
                 return _repeated(row, request.geometry.queries)
-        name, _ = _choose(request, backend)
+        name, reason = _choose(request, backend)
+        if (choices := _CHOICES.get()) is not None:
+            choices.append(Choice(name, reason, _refused(request)))
         return BACKENDS[name].run(request)
     if request.return_lse:
         raise ValueError(f"return_lse: {request.weights} has no log-sum-exp; leave it out, or use softmax weights")
@@ -189,7 +220,6 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     parts = [w for _, w in r.weights.parts()] if isinstance(r.weights, Mixture) else [r.weights]
     r = dataclasses.replace(r, weights=parts[0])
     name, reason = _choose(r, backend)
-    refused = {n: why for n, m in BACKENDS.items() if (why := m.refusal(r)) is not None}
     tiles = BACKENDS[name].map_of(r) if hasattr(BACKENDS[name], "map_of") else None
     shown = arguments.get("weights", softmax)
-    return Explanation(name, reason, refused, tiles, str(r.mask), str(r.score), str(shown))
+    return Explanation(name, reason, _refused(r), tiles, str(r.mask), str(r.score), str(shown))

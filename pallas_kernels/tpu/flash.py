@@ -8,6 +8,8 @@ Full tiles skip the mask. With ``G`` query heads per key head, keys and values a
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +86,19 @@ def specs(p: Problem, place: Any, x: Inputs) -> tuple[list[Any], list[Any]]:
     return main, [operand_spec(p, layout, place) for layout in (*p.score_layouts, *p.mask_layouts)]
 
 
+def cost(p: Problem, tiles: Jobs, products: int, once: Sequence[Any], again: Sequence[Any], block: int) -> pl.CostEstimate:
+    """Of one kernel's call; lists that are made while it runs count as full.
+
+    products: features that a cell's products sum over or make, in total. once: arrays that move once; again: those of which
+    each step reads ``block`` rows.
+    """
+    steps = p.batch * p.heads * tiles.capacity
+    cells = steps * p.block_q * p.block_k
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in once)
+    moved += steps * block * sum(x.shape[-1] * x.dtype.itemsize for x in again)
+    return pl.CostEstimate(flops=2 * cells * products, transcendentals=cells, bytes_accessed=moved)
+
+
 def logits(p: Problem, s: Any, at: Piece, b: Any, h: Any, masked: bool, score_refs: Any, mask_refs: Any) -> Any:
     """Scored and masked; hidden cells are HIDDEN."""
     if p.score is not None:
@@ -111,6 +126,7 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
     main, operands = specs(p, place, x)
     query, statistic = row_maps(place)
     width = x.v.shape[-1]
+    out = jax.ShapeDtypeStruct((*x.q.shape[:3], width), x.v.dtype)
     return launch(
         functools.partial(_forward_kernel, p, tiles),
         name="attnzoo_flash_forward",
@@ -119,16 +135,14 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
         in_specs=[*main, *operands],
         inputs=[x.q, x.k, x.v, *x.score, *x.mask],
         out_specs=[pl.BlockSpec((1, 1, p.block_q, width), query), pl.BlockSpec((1, 1, 1, p.block_q), statistic)],
-        out_shape=[
-            jax.ShapeDtypeStruct((*x.q.shape[:3], width), x.v.dtype),
-            jax.ShapeDtypeStruct((p.batch, p.heads, 1, x.q.shape[2]), jnp.float32),
-        ],
+        out_shape=[out, jax.ShapeDtypeStruct((p.batch, p.heads, 1, x.q.shape[2]), jnp.float32)],
         scratch=[
             pltpu.VMEM((p.block_q, LANES), jnp.float32),
             pltpu.VMEM((p.block_q, LANES), jnp.float32),
             pltpu.VMEM((p.block_q, width), jnp.float32),
         ],
         parallel=2,
+        cost=cost(p, tiles, x.q.shape[-1] + width, (x.q, out), (x.k, x.v), p.block_k),
     )
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import jobs
-from pallas_kernels.tpu.flash import Inputs, specs
+from pallas_kernels.tpu.flash import Inputs, cost, specs
 from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.problem import LANES, LOG2E, Piece, Problem, dot, pieces, row_maps, work_through
@@ -74,6 +74,7 @@ def keys_gradient(
             *(pltpu.VMEM((p.group, p.block_k, LANES), jnp.float32) for _ in mine),
         ],
         parallel=2,
+        cost=cost(p, tiles, 2 * (x.q.shape[-1] + x.v.shape[-1]), (x.k, x.k, x.v, x.v), (x.q, d_out), p.block_q),
     )
     return outs[0], outs[1], dict(zip(mine, outs[2:], strict=True))
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import jobs
-from pallas_kernels.tpu.flash import Inputs, current, row_place, specs
+from pallas_kernels.tpu.flash import Inputs, cost, current, row_place, specs
 from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.problem import (
@@ -69,6 +69,7 @@ def queries_gradient(p: Problem, tiles: Jobs, x: Inputs, d_out: Any, norm: Any, 
             *(pltpu.VMEM((p.block_q, LANES), jnp.float32) for layout in each if layout.form == "row"),
         ],
         parallel=2,
+        cost=cost(p, tiles, 2 * x.q.shape[-1] + x.v.shape[-1], (x.q, x.q, d_out), (x.k, x.v), p.block_k),
     )
     gradients = dict(zip(mine, outs[1:], strict=True))
     for n, layout in zip(mine, each, strict=True):

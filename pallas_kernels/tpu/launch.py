@@ -58,9 +58,10 @@ def launch(
     out_shape: Sequence[Any],
     scratch: Sequence[Any],
     parallel: int,
+    cost: pl.CostEstimate | None = None,
 ) -> Any:
     """One kernel call; ``scalars`` are in scalar memory before the first step, and the first ``parallel`` axes of the grid
-    may be divided among cores."""
+    may be divided among cores. cost: what the compiler is told of the whole call, which it cannot look into."""
     interpret: Any = False
     semantics: Any = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
     if simulated():
@@ -78,5 +79,6 @@ def launch(
         out_shape=list(out_shape),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
+        cost_estimate=cost,
         name=name,
     )(*scalars, *inputs)

@@ -38,6 +38,7 @@ class Digits(Task):
                 f"{', '.join(self.dataset.features)}"
             )
         self.shape = tuple(self.dataset.features["image"].shape)
+        self.classes = self.dataset.features["label"].num_classes
         side = config.model.patch_size
         if None in self.shape or self.shape[0] % side or self.shape[1] % side:
             raise ValueError(
@@ -81,7 +82,7 @@ class Digits(Task):
             image_size=(height, width),
             channels=channels,
             patch_size=self.config.model.patch_size,
-            num_classes=self.dataset.features["label"].num_classes,
+            num_classes=self.classes,
             **self.layer_options(),
         )
         return ViT(config, rngs=rngs)

@@ -47,6 +47,7 @@ class Text(Task):
                 "in one row would see each other; leave --data.pack out, or take another mixer"
             )
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        self.vocab_size = self.tokenizer.vocab_size
 
     @staticmethod
     def defaults() -> Config:
@@ -92,7 +93,7 @@ class Text(Task):
         return rows.rows(np.arange(len(rows)))
 
     def make_model(self, rngs: nnx.Rngs) -> DecoderLM:
-        config = LMConfig(vocab_size=self.tokenizer.vocab_size, max_length=self.context, **self.layer_options())
+        config = LMConfig(vocab_size=self.vocab_size, max_length=self.context, **self.layer_options())
         return DecoderLM(config, rngs=rngs)
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array]) -> jax.Array:
@@ -100,6 +101,9 @@ class Text(Task):
         if "where" not in batch:
             return losses.mean()
         return (losses * batch["where"]).sum() / jnp.maximum(batch["where"].sum(), 1)
+
+    def loss_weight(self, batch: dict[str, jax.Array]) -> jax.Array:
+        return batch["where"].astype(jnp.float32).sum() if "where" in batch else super().loss_weight(batch)
 
     def evaluate(self, model: nnx.Module, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         losses = _cross_entropy(model, batch)

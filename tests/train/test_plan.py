@@ -1,0 +1,206 @@
+"""`attnzoo plan`: command lines, the search, and one real plan where the TPU compiler is installed."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from train.config import MeshConfig
+from train.plan import search
+from train.plan.chips import CHIPS, TOPOLOGIES, Slice, device_count
+from train.plan.command import parse_plan
+from train.plan.compile import out_of_memory, prepare
+from train.plan.roofline import roofline
+from train.plan.search import nearest_that_fits
+from train.plan.tasks import Sizes
+from train.presets import PRESETS, preset
+
+LINE = "--config llm-7b --topology v5e:16x16"
+
+
+def test_a_plan_s_mesh_is_the_whole_slice():
+    command = parse_plan(f"{LINE} --mesh fsdp=64,tensor=4 --model.remat dots --batch 256 --sizes.vocab-size 50304".split())
+    assert command.settings.mesh == MeshConfig(fsdp=64, tensor=4)
+    assert command.settings.model.remat == "dots"
+    assert command.settings.model.dim == preset("llm-7b").model.dim
+    assert (command.settings.batch, command.sizes.vocab_size) == (256, 50304)
+    assert parse_plan(LINE.split()).settings.mesh == MeshConfig(fsdp=256)
+    assert parse_plan(["--config", "vit-l", "--topology", "tpu7x:2x2x1"]).settings.mesh == MeshConfig(fsdp=8)
+    assert parse_plan(f"{LINE} --mixer transmla --mixer.latent-dim 512".split()).settings.mixer_args == {"latent_dim": 512}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--config llm-8b --topology v5e:2x2", "unknown preset 'llm-8b': did you mean 'llm-7b' or 'llm-1b'"),
+        ("--config llm-7b --topology v5e:16x17", "'v5e:16x16'.*Known of v5e: v5e:2x2, v5e:2x4"),
+        ("--config llm-7b --topology v9:2x2", "unknown topology 'v9:2x2'.*v4:2x2x1.*tpu7x:16x16x16"),
+        (f"{LINE} --mesh fsdp=64,tensor=2", r"fsdp=64 x tensor=2.*is 128 devices, and v5e:16x16 has 256"),
+        (f"{LINE} --mesh fsdp=64,tensr=4", "unknown axis of --mesh 'tensr': did you mean 'tensor'"),
+        (f"{LINE} --mesh fsdp=64,fsdp=4", "every axis once"),
+        (f"{LINE} --mesh fsdp=many", "AXIS=N"),
+        (f"{LINE} --mixer transfromer", "'transformer'"),
+        (f"{LINE} --sizes.vocab-size 0", "at least 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_before_anything_is_compiled(line, said, attnzoo):
+    code, out, err = attnzoo("plan", *line.split())
+    assert code == 2
+    assert not out
+    assert re.search(said, err), err
+
+
+def test_without_the_compiler_the_extra_is_named(attnzoo, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest))
+    code, _, err = attnzoo("plan", *LINE.split())
+    assert code == 2
+    assert "pip install 'attnzoo[train,tpu]'" in err
+
+
+def test_every_topology_has_a_size():
+    assert device_count("v5e:16x16") == 256
+    assert device_count("v5p:8x8x8") == 512
+    assert device_count("tpu7x:2x2x1") == 8
+    assert all(device_count(name) >= 4 for name in TOPOLOGIES)
+
+
+SIZES = {"llm-100m": 110e6, "llm-1b": 1.09e9, "llm-7b": 6.61e9, "vit-l": 304e6}
+
+
+def eight(chip="v5e"):
+    """Host devices in place of a slice's."""
+    return Slice(f"{chip}:2x4", CHIPS[chip], tuple(jax.devices()))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_they_are_named_for(name):
+    config = replace(preset(name), mesh=MeshConfig(fsdp=8))
+    made = prepare(config, Sizes(), eight())
+    assert made.trainer.parameters == pytest.approx(SIZES[name], rel=0.01)
+    # Float32: the parameters, Adam's two moments; nearly all divided by eight.
+    assert made.state.parameters == pytest.approx(4 * SIZES[name] / 8, rel=0.02)
+    assert made.state.optimizer == pytest.approx(2 * made.state.parameters, rel=1e-3)
+
+
+def test_a_preset_can_be_trained_and_a_run_keeps_its_own(attnzoo):
+    from train.cli import parse_train
+
+    config = parse_train(["--preset", "llm-100m", "--batch", "16"]).config
+    assert config == replace(preset("llm-100m"), batch=16)
+    code, _, err = attnzoo("train", "--preset", "llm-100m", "--resume", "somewhere")
+    assert code == 2
+    assert "--preset" in err
+
+
+def test_the_roofline_is_the_longest_part():
+    chip = CHIPS["v5e"]
+    found = roofline(chip, flops=197e12, traffic=819e9 / 2, received=200e9 * 2)
+    assert (found.compute, found.memory, found.network) == (1.0, 0.5, 2.0)
+    assert (found.limiter, found.seconds) == ("network", 2.0)
+
+
+def test_out_of_memory_is_read_and_nothing_else():
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.16G of 15.75G hbm. Exceeded ..."
+    assert out_of_memory(RuntimeError(text)) == (int(26.16 * 2**30), int(15.75 * 2**30))
+    with pytest.raises(RuntimeError, match="other"):
+        out_of_memory(RuntimeError("other"))
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Searches with a compiler that is a function of the configuration: bytes per device."""
+
+    def run(needed, usable, start, most=10):
+        pod = eight()
+        compiled = []
+
+        def compile_step(prepared, pod):
+            compiled.append(prepared.config)
+            bytes_ = needed(prepared.config)
+            return SimpleNamespace(fits=bytes_ <= usable, needed=bytes_, usable=usable)
+
+        monkeypatch.setattr(search, "compile_step", compile_step)
+        prepared = prepare(start, Sizes(vocab_size=64), pod)
+        plan = SimpleNamespace(usable=usable)
+        return nearest_that_fits(prepared, plan, Sizes(vocab_size=64), pod, most, lambda said: None), compiled
+
+    return run
+
+
+@pytest.fixture
+def small(tiny, replaced):
+    return replaced(tiny, {"mesh": MeshConfig(fsdp=4, tensor=2), "batch": 16, "model.dim": 32, "model.num_heads": 4})
+
+
+def test_the_nearest_that_fits_recomputes_first(searched, small):
+    by_remat = {"none": 100 << 20, "dots": 60 << 20, "full": 40 << 20}
+    found, compiled = searched(lambda config: by_remat[config.model.remat], 64 << 20, small)
+    assert found.found.change == "--model.remat dots"
+    assert [config.model.remat for config in compiled] == ["dots"]
+
+
+def test_then_divides_otherwise_then_halves_the_batch(searched, small):
+    def needed(config):
+        return (64 << 20) * config.batch // 16 * 2 // config.mesh.tensor
+
+    found, compiled = searched(needed, 40 << 20, small)
+    assert found.found.change == "--mesh fsdp=2,tensor=4"
+    # Full recomputation was compiled first; what is weaker on the same mesh was not compiled after it had failed.
+    assert len(compiled) == len({(c.model.remat, c.mesh, c.batch) for c in compiled})
+    found, _ = searched(lambda config: (64 << 20) * config.batch // 16, 40 << 20, small)
+    assert "--batch 8" in found.found.change
+
+
+def test_what_cannot_fit_is_estimated_and_not_compiled(searched, small):
+    found, compiled = searched(lambda config: 1 << 40, 1 << 10, small)
+    assert found.found is None
+    assert not compiled
+    assert found.tries
+    assert all(t.plan is None and t.least > 1 << 10 for t in found.tries)
+    found, compiled = searched(lambda config: 1 << 40, 1 << 30, small, most=2)
+    assert (found.found, len(compiled)) == (None, 2)
+    assert found.left > 0
+
+
+PLAN = """
+--config llm-100m --topology v5e:2x2 --mesh fsdp=2,tensor=2 --model.num-layers 2 --model.dim 256 --model.num-heads 2
+--model.mlp-dim 512 --data.context 512 --batch 8 --sizes.vocab-size 1024 --json
+"""
+
+
+def test_a_real_plan(tmp_path):
+    """The TPU compiler's own verdict on a small step for four chips; in a process of its own, which holds the compiler."""
+    pytest.importorskip("libtpu")
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    line = [sys.executable, "-m", "attnzoo.cli", "plan", *PLAN.split(), "--out", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made == json.loads((tmp_path / "plan.json").read_text())
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    plan, memory = made["plan"], made["plan"]["memory"]
+    assert plan["fits"]
+    kinds = ("parameters", "optimizer", "gradients", "activations", "workspace", "other")
+    assert sum(memory[kind] for kind in kinds) == plan["needed"] <= plan["usable"] == 16 * 2**30
+    assert memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] <= plan["needed"]
+    # Everything but the norms is divided by four.
+    assert memory["parameters"] == pytest.approx(plan["parameters"] * 4 / 4, rel=0.02)
+    assert memory["arguments"] >= memory["parameters"] + memory["optimizer"]
+    assert {"attnzoo_flash_forward", "attnzoo_flash_dq", "attnzoo_flash_dkv"} <= plan["kernels"].keys()
+    assert plan["attention"] == ["pallas (the first of cudnn, pallas, blockwise, dense that can run this)"]
+    assert plan["loops_of_unknown_length"] == 0
+    flops = plan["flops"]
+    assert flops["model"] < flops["traced"] <= flops["compiled"] * 1.01
+    gathered = sum(c["bytes"] for c in plan["collectives"] if c["kind"] == "all-gather" and c["group"] == 2)
+    assert gathered > 0
+    assert plan["roofline"]["seconds"] > 0
