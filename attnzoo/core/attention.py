@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnzoo.core import context
 from attnzoo.core.backends import BACKENDS
+from attnzoo.core.backends.choice import choose, refusals
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.request import Request, make_request
+from attnzoo.core.sharding import context_division
 from attnzoo.core.weights import Mixture, Weights, softmax
 from attnzoo.errors import unknown
-
-#: Up to this many logits per head, one dense product beats any walk over tiles.
-SMALL = 256 * 256
 
 
 def attention(
@@ -90,7 +90,10 @@ def _run(request: Request, backend: str) -> Any:
         if not request.weights.reads_logits and request.score is None:
             # Any finite logits do. (Zeros would do too, but compilers multiply constants out while they compile.)
             request = dataclasses.replace(request, q=request.q[..., :1], k=request.k[..., :1])
-        name, _ = _choose(request, backend)
+        divided = context_division(request.geometry)
+        if divided is not None:
+            return context.run(request, backend, *divided)
+        name, _ = choose(request, backend, refusals(request))
         return BACKENDS[name].run(request)
     if request.return_lse:
         raise ValueError(f"return_lse: {request.weights} has no log-sum-exp; leave it out, or use softmax weights")
@@ -106,28 +109,9 @@ def _run(request: Request, backend: str) -> Any:
     return jax.tree.map(lambda *xs: sum(xs), *parts)
 
 
-def _choose(r: Request, backend: str) -> tuple[str, str]:
-    """The backend to run and why; raises for a named one that cannot."""
-    reasons = {name: module.refusal(r) for name, module in BACKENDS.items()}
-    able = [name for name, reason in reasons.items() if reason is None]
-    if backend != "auto":
-        if backend not in BACKENDS:
-            raise unknown("backend", backend, [*BACKENDS, "auto"])
-        if reasons[backend] is not None:
-            can = f"{' and '.join(repr(x) for x in able)} can" if able else "no backend can"
-            raise ValueError(f"backend {backend!r} cannot run this: {reasons[backend]}; {can}")
-        return backend, "asked for"
-    if not able:
-        raise ValueError("no backend can run this: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
-    g = r.geometry
-    if "dense" in able and "cudnn" not in able and g.queries * g.keys <= SMALL:
-        return "dense", f"T×S = {g.queries}×{g.keys} is small: one dense product is quickest"
-    return able[0], f"the first of {', '.join(BACKENDS)} that can run this"
-
-
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What ``attention`` would do with the same arguments."""
+    """What ``attention`` would do with the same arguments; across: what moves between devices that divide the tokens."""
 
     backend: str
     reason: str
@@ -136,6 +120,7 @@ class Explanation:
     mask: str
     score: str
     weights: str
+    across: str | None = None
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
@@ -143,6 +128,8 @@ class Explanation:
         lines += [f"mask: {self.mask}", f"score: {self.score}", f"weights: {self.weights}"]
         if self.block_map is not None:
             lines.append(f"tiles: {self.block_map}")
+        if self.across is not None:
+            lines.append(f"across the mesh: {self.across}")
         return "\n".join(lines)
 
 
@@ -163,8 +150,13 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     r, _ = make_request(q, k, v, **(defaults | arguments))
     parts = [w for _, w in r.weights.parts()] if isinstance(r.weights, Mixture) else [r.weights]
     r = dataclasses.replace(r, weights=parts[0])
-    name, reason = _choose(r, backend)
-    refused = {n: why for n, m in BACKENDS.items() if (why := m.refusal(r)) is not None}
+    divided = context_division(r.geometry)
+    if divided is None:
+        reasons, across = refusals(r), None
+    else:
+        reasons, across = context.refusals(r, *divided), context.describe(r, backend, *divided)
+    name, reason = choose(r, backend, reasons)
+    refused = {n: why for n, why in reasons.items() if why is not None}
     tiles = BACKENDS[name].map_of(r) if hasattr(BACKENDS[name], "map_of") else None
     shown = arguments.get("weights", softmax)
-    return Explanation(name, reason, refused, tiles, str(r.mask), str(r.score), str(shown))
+    return Explanation(name, reason, refused, tiles, str(r.mask), str(r.score), str(shown), across)
