@@ -97,15 +97,12 @@ def plan_ring(mask: Mask | None, g: Geometry, devices: int, zigzag: bool | None,
     if tiles is None:
         layout = Layout(devices, bool(zigzag))
         return Ring(layout, Arc(0, devices), None)
-    layouts = (
-        [plain] if not halves or zigzag is False else [Layout(devices, True)] if zigzag else [plain, Layout(devices, True)]
-    )
-    work = {layout: layout.work(tiles) for layout in layouts}
-    best = layouts[0]
-    for other in layouts[1:]:
-        if critical_path(work[other]) <= (1 - WORTH) * critical_path(work[best]):
-            best = other
-    return Ring(best, smallest_arc(work[best].any(1)), work[best])
+    layout, work = plain, plain.work(tiles)
+    if halves and zigzag is not False:
+        paired = Layout(devices, True)
+        if zigzag or critical_path(paired.work(tiles)) <= (1 - WORTH) * critical_path(work):
+            layout, work = paired, paired.work(tiles)
+    return Ring(layout, smallest_arc(work.any(1)), work)
 
 
 def known_part(mask: Mask | None) -> Mask | None:

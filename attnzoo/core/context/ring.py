@@ -88,21 +88,23 @@ def run(r: Request, backend: ModuleType, mesh: Any, axes: Axes, ring: Ring) -> R
         None if score is None else score.apply, tuple(map(window_of, _operands(score))),
         r.weights, None if r.dropout is None else r.dropout.rate,
     )  # fmt: skip
-    states = Operand(jnp.asarray(states_by_chunk(bm, layout.chunks, block)), "blocks")
-    b, h, t = axes.batch or None, axes.heads or None, axes.context or None
+    by_lead = functools.partial(_spec_by_lead, axes=axes)
     rest = Arrays(
-        tuple(jnp.asarray(op.x) for op in _operands(mask)), g.q_positions, g.kv_positions, states.x,
+        tuple(jnp.asarray(op.x) for op in _operands(mask)),
+        None if g.q_positions is None else jnp.asarray(g.q_positions)[:, None],
+        None if g.kv_positions is None else jnp.asarray(g.kv_positions),
+        jnp.asarray(states_by_chunk(bm, layout.chunks, block)),
         None if r.dropout is None else r.dropout.seed,
-    )  # fmt: skip
+    )
+    mask_specs, score_specs = (tuple(operand_spec(op, axes) for op in _operands(bound)) for bound in (mask, score))
     rest_specs = Arrays(
-        tuple(operand_spec(op, axes) for op in _operands(mask)),
-        None if g.q_positions is None else P(b if g.q_positions.shape[0] > 1 else None),
-        None if g.kv_positions is None else P(*(n if m > 1 else None for n, m in zip((b, h), g.kv_positions.shape, strict=False))),
-        operand_spec(states, axes),
-        None if r.dropout is None else P(),
-    )  # fmt: skip
+        mask_specs,
+        *(None if x is None else by_lead(x) for x in (rest.q_positions, rest.kv_positions, rest.states)),
+        None if rest.seed is None else P(),
+    )
     score_xs = tuple(jnp.asarray(op.x) for op in _operands(score))
-    tokens = P(b, t, h)
+    b, h, t = axes.batch or None, axes.heads or None, axes.context or None
+    tokens, rows = P(b, t, h), P(b, h, t)
 
     def local(q: Array, k: Array, v: Array, score_xs: tuple[Array, ...], rest: Arrays) -> tuple[Array, Array]:
         into = functools.partial(into_slots, layout=layout, names=axes.context)
@@ -116,14 +118,22 @@ def run(r: Request, backend: ModuleType, mesh: Any, axes: Axes, ring: Ring) -> R
         return back(out), back(lse)
 
     divided = jax.shard_map(
-        local, mesh=mesh, in_specs=(tokens, tokens, tokens, tuple(operand_spec(op, axes) for op in _operands(score)), rest_specs),
-        out_specs=(P(b, h, t), P(b, h, t)), check_vma=False,
-    )  # fmt: skip
+        local,
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, score_specs, rest_specs),
+        out_specs=(rows, rows),
+        check_vma=False,
+    )
     out, lse = divided(part.q, part.k, part.v, score_xs, rest)
     final = None
     if not walk.pointwise:
         out, final = r.weights.finish(out, lse)
     return Result(jnp.moveaxis(out, 1, 2), final)
+
+
+def _spec_by_lead(x: Array, axes: Axes) -> P:
+    """Of an array ``[B|1, heads|1, ...]``, whole along everything else."""
+    return operand_spec(Operand(x, "blocks"), axes)
 
 
 def _operands(bound: Bound | None) -> tuple[Operand, ...]:
@@ -132,15 +142,15 @@ def _operands(bound: Bound | None) -> tuple[Operand, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(w: Walk, q: Array, k: Array, v: Array, score_xs: Any, rest: Arrays) -> tuple[Array, Array]:
-    """``out [slots, B, N, rows, Hv]`` and ``lse [slots, B, N, rows]``, float32, of ``q, k, v [slots, B, length, heads, width]``."""
+    """``out [slots, B, N, rows, Hv]`` and ``lse [slots, B, N, rows]`` (float32) of q, k, v ``[slots, B, length, heads, width]``."""
     heads = jnp.moveaxis(q, 3, 2).shape[:4]
     start = jnp.zeros((*heads, v.shape[-1])), jnp.full(heads, 0.0 if w.pointwise else -jnp.inf)
 
     def visit(pair: _Pair, kv: Any, acc: Any) -> Any:
         def compute(out: Array, lse: Array) -> tuple[Array, Array]:
-            o, l = w.backend.attend_part(_part(w, pair, q, *kv, score_xs, rest))  # noqa: E741
-            o = o.astype(jnp.float32)
-            return (out + o, lse) if w.pointwise else merge_lse(out, lse, o, l)
+            more, its_lse = w.backend.attend_part(_part(w, pair, q, *kv, score_xs, rest))
+            more = more.astype(jnp.float32)
+            return (out + more, lse) if w.pointwise else merge_lse(out, lse, more, its_lse)
 
         mine = jax.tree.map(lambda x: x[pair.row_slot], acc)
         new = _where_visible(w, pair, rest, compute, *mine)
@@ -250,12 +260,13 @@ def _part(w: Walk, pair: _Pair, q: Array, k: Array, v: Array, score_xs: Any, res
     """A pair of chunks as a backend takes it."""
     c = w.chunks
     q, k, v = q[pair.row_slot], k[pair.key_slot], v[pair.key_slot]
-    starts = [lax.axis_index(names) * n if names else 0 for names, n in ((w.axes.batch, len(q)), (w.axes.heads, q.shape[2]))]
-    origin = jnp.stack([jnp.asarray(x, jnp.int32) for x in (*starts, pair.row * c.rows, pair.column * c.columns)])
+    b, h = (lax.axis_index(names) * n if names else 0 for names, n in ((w.axes.batch, len(q)), (w.axes.heads, q.shape[2])))
+    origin = jnp.stack([jnp.asarray(x, jnp.int32) for x in (b, h, pair.row * c.rows, pair.column * c.columns)])
     q_positions, kv_positions = (
-        None if x is None else lax.dynamic_slice_in_dim(jnp.asarray(x), at * n, n, axis=-1)
+        None if x is None else lax.dynamic_slice_in_dim(x, at * n, n, axis=2)
         for x, at, n in ((rest.q_positions, pair.row, c.rows), (rest.kv_positions, pair.column, c.columns))
     )
+    q_positions = None if q_positions is None else q_positions[:, 0]
     g = Geometry(len(q), q.shape[2], k.shape[2], c.rows, c.columns, q_positions, kv_positions, origin)
 
     def bound(apply: Any, windows: Any, xs: Any) -> Bound | None:
