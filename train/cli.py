@@ -34,6 +34,7 @@ examples:
   attnzoo train --mixer value_residual --steps 800 --seed 1
   attnzoo train --task digits
   attnzoo train --mesh.data 2 --mesh.tensor 4 --batch 64
+  attnzoo train --mesh.context 8 --data.context 8192
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
 """

@@ -110,7 +110,7 @@ class _Run:
     def to_the_end(self, interrupted: Callable[[], bool]) -> None:
         config, steps = self.config, self.config.steps
         display = RunDisplay(self.console, steps=steps, start=self.step, unit=self.task.unit)
-        with display, on_mesh(self.trainer.mesh):
+        with display, on_mesh(self.trainer.mesh, self.trainer.exchange):
             clock = time.monotonic()
             while self.step < steps and not interrupted():
                 batch = self.trainer.put(next(self.data))

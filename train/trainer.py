@@ -81,7 +81,7 @@ class Trainer:
     """
 
     def __init__(self, task: Task, config: Config, mesh: Mesh):
-        self.task, self.mesh = task, mesh
+        self.task, self.mesh, self.exchange = task, mesh, config.mesh.exchange
         self.optimizer = make_optimizer(config)
         self.graphdef: nnx.GraphDef
         self.seed = config.seed
@@ -94,7 +94,7 @@ class Trainer:
 
     def init(self, seed: int | None = None) -> TrainState:
         """The state before the first step, created in place on the mesh. seed: instead of the configuration's."""
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh, self.exchange):
             return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
@@ -102,7 +102,7 @@ class Trainer:
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's validation metrics over all batches."""
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh, self.exchange):
             sums = [self._evaluate_batch(state, self.put(batch)) for batch in batches]
         totals = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums))
         return self.task.score(totals)

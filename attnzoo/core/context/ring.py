@@ -142,7 +142,7 @@ def _operands(bound: Bound | None) -> tuple[Operand, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(w: Walk, q: Array, k: Array, v: Array, score_xs: Any, rest: Arrays) -> tuple[Array, Array]:
-    """``out [slots, B, N, rows, Hv]`` and ``lse [slots, B, N, rows]`` (float32) of q, k, v ``[slots, B, length, heads, width]``."""
+    """``out [slots, B, N, rows, Hv]`` and ``lse`` without Hv (float32) of q, k, v ``[slots, B, length, heads, width]``."""
     heads = jnp.moveaxis(q, 3, 2).shape[:4]
     start = jnp.zeros((*heads, v.shape[-1])), jnp.full(heads, 0.0 if w.pointwise else -jnp.inf)
 
