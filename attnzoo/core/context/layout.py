@@ -70,7 +70,7 @@ def smallest_arc(needed: np.ndarray) -> Arc:
     if not len(at):
         return Arc(0, 1)
     gaps = np.diff(np.append(at, at[0] + len(needed)))
-    widest = int(gaps.argmax())
+    widest = len(gaps) - 1 - int(gaps[::-1].argmax())  # of equals the last, so that a whole ring begins at home
     return Arc(int(at[(widest + 1) % len(at)]), len(needed) + 1 - int(gaps[widest]))
 
 
