@@ -154,7 +154,7 @@ def _attend(w: Walk, q: Array, k: Array, v: Array, score_xs: Any, rest: Arrays) 
 
         mine = jax.tree.map(lambda x: x[pair.row_slot], acc)
         new = _where_visible(w, pair, rest, compute, *mine)
-        return jax.tree.map(lambda x, part: x.at[pair.row_slot].set(part), acc, new)
+        return jax.tree.map(lambda x, part: _with_slot(x, pair.row_slot, part), acc, new)
 
     return _walk_ring(w, visit, (k, v), start)
 
@@ -185,8 +185,8 @@ def _backward(w: Walk, saved: Any, cotangents: tuple[Array, Array]) -> Any:
         dk, dv = travelling
         one = dq[pair.row_slot], dk[pair.key_slot], dv[pair.key_slot], dxs
         dq_new, dk_new, dv_new, dxs = _where_visible(w, pair, rest, compute, *one)
-        travelling = dk.at[pair.key_slot].set(dk_new), dv.at[pair.key_slot].set(dv_new)
-        return (dq.at[pair.row_slot].set(dq_new), dxs), travelling
+        travelling = _with_slot(dk, pair.key_slot, dk_new), _with_slot(dv, pair.key_slot, dv_new)
+        return (_with_slot(dq, pair.row_slot, dq_new), dxs), travelling
 
     start = jnp.zeros(q.shape), [jnp.zeros_like(x) for x, moves in zip(score_xs, moving, strict=True) if moves]
     (dq, dxs), (dk, dv) = _walk_ring(w, visit, (k, v), start, (jnp.zeros(k.shape), jnp.zeros(v.shape)))
@@ -196,6 +196,10 @@ def _backward(w: Walk, saved: Any, cotangents: tuple[Array, Array]) -> Any:
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _with_slot(x: Array, slot: Any, part: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(x, part, slot, 0)
 
 
 class _Pair(NamedTuple):
