@@ -213,8 +213,8 @@ class _Pair(NamedTuple):
 
 
 def _walk_ring(w: Walk, visit: Callable[..., Any], kv: Any, acc: Any, travelling: Any = None) -> Any:
-    """``acc`` after ``visit(pair, kv, acc)`` of every pair of chunks. With ``travelling``, arrays that accompany a shard:
-    ``(acc, travelling) = visit(pair, kv, acc, travelling)``, and they come back to where the shard is at home."""
+    """``acc`` after ``visit(pair, kv, acc)`` of every pair of chunks. With ``travelling``, arrays that accompany a shard, alike
+    everywhere at first: ``(acc, travelling) = visit(pair, kv, acc, travelling)``, and they end where the shard is at home."""
     layout, arc = w.ring.layout, w.ring.arc
     names, slots = w.axes.context, layout.slots
     me = lax.axis_index(names) if names else 0
@@ -231,7 +231,7 @@ def _walk_ring(w: Walk, visit: Callable[..., Any], kv: Any, acc: Any, travelling
         return lax.fori_loop(0, slots * slots, lambda n, carry: wrapped(pair(n, carry)), carry)
 
     wrapped = (lambda x: (x,)) if travelling is None else tuple
-    carry = (acc,) if travelling is None else (acc, w.shift(travelling, arc.first))
+    carry = (acc,) if travelling is None else (acc, travelling)
 
     def step(n: Any, state: Any) -> Any:
         kv, carry = state
