@@ -45,6 +45,7 @@ examples:
   attnzoo train --optimizer.name muon --optimizer.schedule wsd --ema 0.99
   attnzoo train --batch 64 --accumulate 8 --model.dtype bfloat16
   attnzoo train --preset llm-100m --mesh.fsdp 8
+  attnzoo train --mesh.context 8 --data.context 8192
   attnzoo train --smoke --out /tmp/smoke
   attnzoo train --resume runs/text-transformer
 """

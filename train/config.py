@@ -116,6 +116,8 @@ class MeshConfig:
     """Parts that heads and hidden units are cut into."""
     context: int = 1
     """Parts that sequences are cut into."""
+    exchange: Literal["ring", "all_to_all"] = "ring"
+    """How devices with other parts of a sequence attend to each other: keys and values go round, or tokens become heads."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Config:
             "data.context": self.data.context,
             "model.dim": self.model.dim,
             "model.num-layers": self.model.num_layers,
-            **{f"mesh.{axis}": size for axis, size in dataclasses.asdict(self.mesh).items()},
+            **{f"mesh.{axis}": getattr(self.mesh, axis) for axis in ("data", "fsdp", "tensor", "context")},
         }
         for name, value in positive.items():
             if value < 1:

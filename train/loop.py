@@ -137,7 +137,7 @@ class _Run:
     def to_the_end(self, interrupted: Callable[[], bool]) -> None:
         config, steps = self.config, self.config.steps
         display = RunDisplay(self.console, steps=steps, start=self.step, unit=self.task.unit)
-        with display, on_mesh(self.trainer.mesh):
+        with display, on_mesh(self.trainer.mesh, self.trainer.exchange):
             clock = time.monotonic()
             stopped = processes.anywhere(interrupted())
             while self.step < steps and not stopped:

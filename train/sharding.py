@@ -1,7 +1,6 @@
 """From logical axis names to a mesh."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from attnzoo.core.sharding import attention_axes
+from attnzoo.core.sharding import Exchange, attention_axes
 from attnzoo.nn.linear import axis_names
 from train.config import MeshConfig
 
@@ -55,9 +54,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 @contextlib.contextmanager
-def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Trace and run on the mesh; attention's kernels learn how it divides batch rows and heads."""
-    with jax.set_mesh(mesh), attention_axes(batch=("data", "fsdp"), heads="tensor"):
+def on_mesh(mesh: Mesh, exchange: Exchange = "ring") -> Iterator[None]:
+    """Trace and run on the mesh; attention learns how it divides batch rows, heads and tokens.
+
+    exchange: how attention brings together tokens that lie on several devices; see `attention_axes`.
+    """
+    with jax.set_mesh(mesh), attention_axes(batch=("data", "fsdp"), heads="tensor", context="context", exchange=exchange):
         yield
 
 
@@ -148,5 +150,6 @@ def idle_devices(mesh: Mesh) -> int:
 
 
 def describe(config: MeshConfig) -> str:
-    """The mesh in words, e.g. "data=2 fsdp=2 tensor=2 context=1"."""
-    return " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
+    """The mesh in words, e.g. "data=2 fsdp=2 tensor=1 context=2 (ring)"."""
+    sides = " ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+    return f"{sides} ({config.exchange})" if config.context > 1 else sides

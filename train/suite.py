@@ -280,7 +280,7 @@ def train_once(trainer: Trainer, plan: Config, group: int = 3) -> tuple[float, l
     task = make_task(plan)
     state, times, step = trainer.init(plan.seed), [], 0
     batches = iter(task.batches())
-    with on_mesh(trainer.mesh):
+    with on_mesh(trainer.mesh, trainer.exchange):
         while step < plan.steps:
             count, clock = min(group, plan.steps - step), time.perf_counter()
             for _ in range(count):

@@ -65,7 +65,7 @@ class Trainer:
     """
 
     def __init__(self, task: Task, config: Config, mesh: Mesh):
-        self.task, self.mesh = task, mesh
+        self.task, self.mesh, self.exchange = task, mesh, config.mesh.exchange
         self.optimizer, self.rate = make_optimizer(config), learning_rate(config)
         self.accumulate, self.ema_decay = config.accumulate, config.ema
         self.graphdef: nnx.GraphDef
@@ -80,7 +80,7 @@ class Trainer:
 
     def init(self, seed: int | None = None) -> TrainState:
         """The state before the first step, created in place on the mesh. seed: instead of the configuration's."""
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh, self.exchange):
             return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
 
     def trace(self, batch: dict[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
@@ -91,7 +91,7 @@ class Trainer:
 
         state = jax.tree.map(laid, self.abstract, self.shardings)
         placed = {name: laid(x, batch_sharding(name, self.task.sequence, self.mesh)) for name, x in batch.items()}
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh, self.exchange):
             return self._compiled_step.trace(state, placed)
 
     def put(self, batch: Batch) -> Arrays:
@@ -100,7 +100,7 @@ class Trainer:
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's validation metrics over all batches."""
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh, self.exchange):
             placed = (put_batch(batch, self.task.sequence, self.mesh) for batch in batches)
             sums = [self._evaluate_batch(state, batch) for batch in placed]
         totals = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnzoo.core import context
 from attnzoo.core.backends import BACKENDS
+from attnzoo.core.backends.choice import choose, record, refusals
 from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.request import Request, make_request
+from attnzoo.core.sharding import context_division
 from attnzoo.core.weights import Mixture, Weights, softmax
 from attnzoo.errors import unknown
-
-#: Up to this many logits per head, one dense product beats any walk over tiles.
-SMALL = 256 * 256
 
 
 def attention(
@@ -89,44 +86,22 @@ def attention(
     return returned[0] if len(returned) == 1 else tuple(returned)
 
 
-class Choice(NamedTuple):
-    """A backend that a call took, why, and why others could not run it."""
-
-    backend: str
-    reason: str
-    refused: dict[str, str]
-
-
-_CHOICES: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("attention_choices", default=None)
-
-
-@contextlib.contextmanager
-def recorded_choices() -> Iterator[list[Choice]]:
-    """What every call of :func:`attention` chooses, in order, while it is traced inside."""
-    choices: list[Choice] = []
-    token = _CHOICES.set(choices)
-    try:
-        yield choices
-    finally:
-        _CHOICES.reset(token)
-
-
-def _refused(request: Request) -> dict[str, str]:
-    return {name: why for name, module in BACKENDS.items() if (why := module.refusal(request)) is not None}
-
-
 def _run(request: Request, backend: str) -> Any:
     if not isinstance(request.weights, Mixture):
-        if not request.weights.reads_logits and request.score is None:
+        uniform = not request.weights.reads_logits and request.score is None
+        if uniform:
             # Any finite logits do. (Zeros would do too, but compilers multiply constants out while they compile.)
             request = dataclasses.replace(request, q=request.q[..., :1], k=request.k[..., :1])
-            if _rows_are_alike(request):
-                one = dataclasses.replace(request.geometry, queries=1, q_positions=None)
-                row = _run(dataclasses.replace(request, q=request.q[:, :1], geometry=one), backend)
-                return _repeated(row, request.geometry.queries)
-        name, reason = _choose(request, backend)
-        if (choices := _CHOICES.get()) is not None:
-            choices.append(Choice(name, reason, _refused(request)))
+        divided = context_division(request.geometry)
+        if divided is not None:
+            return context.run(request, backend, *divided)
+        if uniform and _rows_are_alike(request):
+            one = dataclasses.replace(request.geometry, queries=1, q_positions=None)
+            row = _run(dataclasses.replace(request, q=request.q[:, :1], geometry=one), backend)
+            return _repeated(row, request.geometry.queries)
+        reasons = refusals(request)
+        name, reason = choose(request, backend, reasons)
+        record(name, reason, reasons)
         return BACKENDS[name].run(request)
     if request.return_lse:
         raise ValueError(f"return_lse: {request.weights} has no log-sum-exp; leave it out, or use softmax weights")
@@ -162,28 +137,9 @@ def _is_zero(coefficient: Any) -> bool:
     return isinstance(coefficient, int | float) and coefficient == 0
 
 
-def _choose(r: Request, backend: str) -> tuple[str, str]:
-    """The backend to run and why; raises for a named one that cannot."""
-    reasons = {name: module.refusal(r) for name, module in BACKENDS.items()}
-    able = [name for name, reason in reasons.items() if reason is None]
-    if backend != "auto":
-        if backend not in BACKENDS:
-            raise unknown("backend", backend, [*BACKENDS, "auto"])
-        if reasons[backend] is not None:
-            can = f"{' and '.join(repr(x) for x in able)} can" if able else "no backend can"
-            raise ValueError(f"backend {backend!r} cannot run this: {reasons[backend]}; {can}")
-        return backend, "asked for"
-    if not able:
-        raise ValueError("no backend can run this: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
-    g = r.geometry
-    if "dense" in able and "cudnn" not in able and g.queries * g.keys <= SMALL:
-        return "dense", f"T×S = {g.queries}×{g.keys} is small: one dense product is quickest"
-    return able[0], f"the first of {', '.join(BACKENDS)} that can run this"
-
-
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What ``attention`` would do with the same arguments."""
+    """What ``attention`` would do with the same arguments; across: what moves between devices that divide the tokens."""
 
     backend: str
     reason: str
@@ -192,6 +148,7 @@ class Explanation:
     mask: str
     score: str
     weights: str
+    across: str | None = None
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
@@ -199,6 +156,8 @@ class Explanation:
         lines += [f"mask: {self.mask}", f"score: {self.score}", f"weights: {self.weights}"]
         if self.block_map is not None:
             lines.append(f"tiles: {self.block_map}")
+        if self.across is not None:
+            lines.append(f"across the mesh: {self.across}")
         return "\n".join(lines)
 
 
@@ -219,7 +178,13 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     r, _ = make_request(q, k, v, **(defaults | arguments))
     parts = [w for _, w in r.weights.parts()] if isinstance(r.weights, Mixture) else [r.weights]
     r = dataclasses.replace(r, weights=parts[0])
-    name, reason = _choose(r, backend)
+    divided = context_division(r.geometry)
+    if divided is None:
+        reasons, across = refusals(r), None
+    else:
+        reasons, across = context.refusals(r, *divided), context.describe(r, backend, *divided)
+    name, reason = choose(r, backend, reasons)
+    refused = {n: why for n, why in reasons.items() if why is not None}
     tiles = BACKENDS[name].map_of(r) if hasattr(BACKENDS[name], "map_of") else None
     shown = arguments.get("weights", softmax)
-    return Explanation(name, reason, _refused(r), tiles, str(r.mask), str(r.score), str(shown))
+    return Explanation(name, reason, refused, tiles, str(r.mask), str(r.score), str(shown), across)

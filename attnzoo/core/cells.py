@@ -47,7 +47,11 @@ class Cells(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Sizes and positions of one request: ``q [B, T, N, H]`` against ``k [B, S, K, H]``."""
+    """Sizes and positions of one request: ``q [B, T, N, H]`` against ``k [B, S, K, H]``.
+
+    origin: where these rows lie in a larger call of which they are a part: its batch row, head, row and column at which they
+        begin (int32 ``[4]``). Cells have the coordinates of the larger call; arrays and sizes are those of the part.
+    """
 
     batch: int
     heads: int
@@ -56,6 +60,7 @@ class Geometry:
     keys: int
     q_positions: Int[Array, "B|1 T"] | None = None
     kv_positions: Int[Array, "B|1 K|1 S"] | None = None
+    origin: Int[Array, " 4"] | None = None
 
     @property
     def plain(self) -> bool:
@@ -114,6 +119,10 @@ def cells_of(g: Geometry, tile: Tile) -> Cells:
         rows = b if g.kv_positions.shape[0] > 1 else jnp.zeros_like(b)
         group = lax.div(h, jnp.int32(g.heads // g.kv_heads)) if g.kv_positions.shape[1] > 1 else jnp.zeros_like(h)
         k = jnp.asarray(g.kv_positions)[rows, group, k]
+    if g.origin is not None:
+        b, h, t, s = (x + g.origin[n] for n, x in enumerate((b, h, t, s)))
+        q = q + g.origin[2] if g.q_positions is None else q
+        k = k + g.origin[3] if g.kv_positions is None else k
     return Cells(b, h, t, s, q, k)
 
 
@@ -139,6 +148,15 @@ def pad_operand(op: Operand, rows: int, cols: int) -> Operand:
     else:
         return op
     return op if not any(map(sum, grow)) else dataclasses.replace(op, x=jnp.pad(op.x, grow))
+
+
+def unpad_operand(op: Operand, d: Array, rows: int, cols: int) -> Array:
+    """The gradient of an operand from that of :func:`pad_operand`'s result."""
+    if op.kind == "aligned":
+        return d[:, :, : op.x.shape[2], : op.x.shape[3]]
+    if op.kind == "distance":
+        return d[:, cols : d.shape[1] - rows]
+    return d
 
 
 def operand_window(op: Operand, tile: Tile, keys: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""On which axes of a mesh attention is divided, for backends that the compiler cannot divide by itself."""
+"""On which axes of a mesh attention is divided, for what the compiler cannot divide by itself."""
 
 from __future__ import annotations
 
@@ -6,33 +6,61 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from attnzoo.core.cells import Geometry
+from attnzoo.core.cells import Geometry, Operand
+from attnzoo.errors import unknown
+
+Exchange = Literal["ring", "all_to_all"]
 
 
 class Axes(NamedTuple):
-    """Names of mesh axes that divide the batch rows and the heads."""
+    """Names of mesh axes that divide the batch rows, the heads and the tokens, and how devices that hold different tokens
+    come to see each other's."""
 
     batch: tuple[str, ...]
     heads: tuple[str, ...]
+    context: tuple[str, ...] = ()
+    exchange: Exchange = "ring"
+    zigzag: bool | None = None
 
 
 _AXES: contextvars.ContextVar[Axes | None] = contextvars.ContextVar("attention_axes", default=None)
 
 
 @contextlib.contextmanager
-def attention_axes(*, batch: str | Sequence[str] = (), heads: str | Sequence[str] = ()) -> Iterator[None]:
-    """Say on which axes of the current mesh (``jax.set_mesh``) batch rows and heads lie.
+def attention_axes(
+    *,
+    batch: str | Sequence[str] = (),
+    heads: str | Sequence[str] = (),
+    context: str | Sequence[str] = (),
+    exchange: Exchange = "ring",
+    zigzag: bool | None = None,
+) -> Iterator[None]:
+    """Say on which axes of the current mesh (``jax.set_mesh``) batch rows, heads and tokens lie.
 
     Kernels are then run on each device's own rows and heads. Matrix products and the other backends need no such rule:
-    the compiler divides them.
+    the compiler divides them. Where ``context`` has several devices, every call of ``attention`` is context-parallel:
+    queries, keys and values lie divided along their length, and
+
+    - exchange="ring": keys and values travel from device to device, and each attends to them by blocks. Memory per device
+      falls with the number of devices, any number of heads will do.
+    - exchange="all_to_all": devices trade tokens for heads, each computes some heads over all tokens, and they trade back.
+      For weight maps that need whole rows at once too; the heads must divide.
+
+    zigzag: whether a ring hands each device a part from the beginning and one from the end of the sequence, so that a causal
+        mask gives all the same work; None: where the mask gains by it. Tokens lie in their natural order outside either way.
+
+    Raises ValueError for another exchange.
     """
-    names = Axes(*((x,) if isinstance(x, str) else tuple(x) for x in (batch, heads)))
-    token = _AXES.set(names)
+    if exchange not in get_args(Exchange):
+        raise unknown("exchange", exchange, get_args(Exchange))
+    names = ((x,) if isinstance(x, str) else tuple(x) for x in (batch, heads, context))
+    token = _AXES.set(Axes(*names, exchange, zigzag))
     try:
         yield
     finally:
@@ -44,8 +72,8 @@ def division(g: Geometry) -> tuple[Any, Axes] | None:
 
     Raises ValueError when no rule was given, or it does not divide the batch or the key heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or all(t == AxisType.Manual for t in mesh.axis_types):
+    mesh = _mesh()
+    if mesh is None:
         return None
     axes = _AXES.get()
     if axes is None:
@@ -54,11 +82,63 @@ def division(g: Geometry) -> tuple[Any, Axes] | None:
             "attnzoo.core.sharding.attention_axes(batch=..., heads=...), or choose backend='blockwise'"
         )
     for what, names, size in (("batch", axes.batch, g.batch), ("heads", axes.heads, g.kv_heads)):
-        unknown = [n for n in names if n not in mesh.shape]
-        if unknown:
-            raise ValueError(f"attention_axes: {what} names {unknown}, but the mesh has {list(mesh.shape)}")
-        parts = math.prod(mesh.shape[n] for n in names)
+        parts = devices_along(mesh, what, names)
         if size % parts:
             of = "batch rows" if what == "batch" else "key/value heads"
             raise ValueError(f"attention_axes: {size} {of} do not divide over {names} of the mesh, {parts} devices")
     return mesh, axes
+
+
+def context_division(g: Geometry) -> tuple[Any, Axes] | None:
+    """The current mesh and axes if a call of geometry ``g`` is divided along its tokens, else None.
+
+    Raises ValueError where they do not divide its batch, heads or lengths.
+    """
+    mesh, axes = _mesh(), _AXES.get()
+    if mesh is None or axes is None or not axes.context:
+        return None
+    parts = devices_along(mesh, "context", axes.context)
+    if parts == 1:
+        return None
+    if axes.exchange == "all_to_all":
+        together = devices_along(mesh, "heads", axes.heads) * parts
+        if g.kv_heads % together:
+            raise ValueError(
+                f"attention_axes: exchange='all_to_all' gives each of {together} devices ({axes.heads + axes.context} of the "
+                f"mesh) its own heads, but the call has {g.kv_heads} key/value heads for {g.heads} query heads; "
+                "exchange='ring' takes any number of heads"
+            )
+    for what, size in (("queries", g.queries), ("keys", g.keys)):
+        if size % parts:
+            raise ValueError(
+                f"attention_axes: {size} {what} do not divide over {axes.context} of the mesh, {parts} devices; pad the "
+                f"sequence to a multiple of {parts} (and hide the padding by attnzoo.core.masks.Lengths)"
+            )
+    return division(g)
+
+
+def devices_along(mesh: Any, what: str, names: tuple[str, ...]) -> int:
+    """How many devices the named axes of a mesh have together. Raises ValueError for a name that it does not have."""
+    missing = [n for n in names if n not in mesh.shape]
+    if missing:
+        raise ValueError(f"attention_axes: {what} names {missing}, but the mesh has {list(mesh.shape)}")
+    return math.prod(mesh.shape[n] for n in names)
+
+
+def operand_spec(op: Operand, axes: Axes) -> P:
+    """How an array of a mask or a score lies on the mesh: divided where batch rows and heads differ, and along its rows."""
+    b, h = axes.batch or None, axes.heads or None
+    if op.kind == "whole":
+        return P()
+    if op.kind == "distance":
+        return P(h if op.x.shape[0] > 1 else None)
+    rows = axes.context if op.kind == "aligned" and axes.context and op.x.shape[2] > 1 else None
+    return P(b if op.x.shape[0] > 1 else None, h if op.x.shape[1] > 1 else None, rows)
+
+
+def _mesh() -> Any | None:
+    """The current mesh; None on one device, and inside ``shard_map``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or all(t == AxisType.Manual for t in mesh.axis_types):
+        return None
+    return mesh

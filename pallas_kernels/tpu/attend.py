@@ -67,7 +67,8 @@ def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], 
     return (out, lse), (q, k, v, score, rest, out, lse)
 
 
-def _attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any:
+def attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any:
+    """Gradients from the ``(out, lse)`` among what was saved, which may be of more keys than these."""
     q, k, v, score, rest, out, lse = saved
     lists, mask, call = rest
     d_out, d_lse = cotangents
@@ -91,4 +92,4 @@ def _no_gradient(x: Any) -> Any:
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, attend_backward)

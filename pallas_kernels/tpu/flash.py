@@ -41,8 +41,8 @@ from pallas_kernels.tpu.problem import (
 
 class Inputs(NamedTuple):
     """Arrays of a call: ``q [B, N, T, H]`` scaled, ``k [B, K, S, H]``, ``v [B, K, S, Hv]``, padded to whole blocks; laid-out
-    operands of the score and the mask; ``call int32 [4]``: two words of the dropout seed, and the batch row and head at which
-    these arrays begin, for masks and scores that ask."""
+    operands of the score and the mask; ``call int32 [6]``: two words of the dropout seed, and the batch row, head,
+    query and key at which these arrays begin, for masks and scores that ask."""
 
     q: Any
     k: Any
@@ -181,7 +181,7 @@ def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, 
         acc[rows] = acc[rows] + add if p.phi is not None else acc[rows] * wide(shrink, add.shape[1]) + add
 
     def tile(masked: bool) -> None:
-        work = pieces(p, jobs.major(word), jobs.minor(word), sideways=False)
+        work = pieces(p, jobs.major(word), jobs.minor(word), call, sideways=False)
         work_through(work, product, functools.partial(absorb, masked))
 
     for kind in tiles.kinds & {PARTIAL, FULL}:

@@ -120,7 +120,7 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
             ref[g, columns] += given[n]
 
     def tile(masked: bool) -> None:
-        work = pieces(p, jobs.minor(word), jobs.major(word), sideways=True)
+        work = pieces(p, jobs.minor(word), jobs.major(word), call, sideways=True)
         work_through(work, product, functools.partial(absorb, masked))
 
     for kind in tiles.kinds & {PARTIAL, FULL}:

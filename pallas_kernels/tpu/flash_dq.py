@@ -160,7 +160,7 @@ def _dq_kernel(
                 add_band(p, ref, at, given[n])
 
     def tile(masked: bool) -> None:
-        work = pieces(p, jobs.major(word), jobs.minor(word), sideways=False)
+        work = pieces(p, jobs.major(word), jobs.minor(word), call, sideways=False)
         work_through(work, product, functools.partial(absorb, masked))
 
     for kind in tiles.kinds & {PARTIAL, FULL}:

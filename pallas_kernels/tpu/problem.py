@@ -179,7 +179,10 @@ def operand_spec(p: Problem, layout: Layout, place: Place) -> pl.BlockSpec:
 
 
 class Piece(NamedTuple):
-    """A piece of a tile: where it lies in its blocks and in the logits. sideways: keys run down, queries across."""
+    """A piece of a tile: where it lies in its blocks and in the logits. sideways: keys run down, queries across.
+
+    origin: query and key at which the kernel's arrays begin in the call that they are a part of.
+    """
 
     row: int
     column: int
@@ -188,25 +191,26 @@ class Piece(NamedTuple):
     t0: Any
     s0: Any
     sideways: bool
+    origin: tuple[Any, Any]
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.columns, self.rows) if self.sideways else (self.rows, self.columns)
 
     def cells(self) -> tuple[Any, Any]:
-        """Query and key numbers, one down and one across."""
+        """Query and key numbers in the whole call, one down and one across."""
         down, across = self.shape
         query_axis, key_axis = (1, 0) if self.sideways else (0, 1)
         one = {0: (down, 1), 1: (1, across)}
-        t = self.t0 + lax.broadcasted_iota(jnp.int32, one[query_axis], query_axis)
-        s = self.s0 + lax.broadcasted_iota(jnp.int32, one[key_axis], key_axis)
+        t = self.t0 + self.origin[0] + lax.broadcasted_iota(jnp.int32, one[query_axis], query_axis)
+        s = self.s0 + self.origin[1] + lax.broadcasted_iota(jnp.int32, one[key_axis], key_axis)
         return t, s
 
 
-def pieces(p: Problem, i: Any, j: Any, sideways: bool) -> list[Piece]:
+def pieces(p: Problem, i: Any, j: Any, call: Any, sideways: bool) -> list[Piece]:
     """A tile's pieces, keys outermost: neighbours are of different rows, so that one's products overlap another's softmax."""
     return [
-        Piece(r, c, p.rows, p.columns, i * p.block_q + r, j * p.block_k + c, sideways)
+        Piece(r, c, p.rows, p.columns, i * p.block_q + r, j * p.block_k + c, sideways, (call[4], call[5]))
         for c in range(0, p.block_k, p.columns)
         for r in range(0, p.block_q, p.rows)
     ]
@@ -284,7 +288,7 @@ def _reversal(n: int) -> Any:
 def visible(p: Problem, at: Piece, b: Any, h: Any, parts: list[Any]) -> Any:
     """Cells of a piece that may be seen."""
     t, s = at.cells()
-    ok = jnp.broadcast_to(s < p.keys, at.shape) if p.padded[1] != p.keys else None
+    ok = jnp.broadcast_to(s - at.origin[1] < p.keys, at.shape) if p.padded[1] != p.keys else None
     if p.mask is not None:
         seen = jnp.broadcast_to(p.mask(b, h, t, s, *parts), at.shape)
         ok = seen if ok is None else ok & seen

@@ -142,3 +142,46 @@ def test_divided_over_a_mesh(generation, topology, data, tensor):
     assert kernels
     assert not gathered
     assert not exchanged
+
+
+RING = """
+import json, re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from attnzoo.core import masks, scores
+from attnzoo.core.attention import attention, explain
+from attnzoo.core.sharding import attention_axes
+from pallas_kernels import schedule
+from pallas_kernels.tpu.launch import compiling_for
+
+mesh = Mesh(np.array(schedule.devices("v5e", "v5e:2x4")), ("context",), axis_types=(AxisType.Auto,))
+where = NamedSharding(mesh, P(None, "context"))
+CASES = {
+    "ring": ({}, dict(mask=masks.Causal()), 4, 2),
+    "window, score, dropout": (
+        {}, dict(mask=masks.Causal() & masks.SlidingWindow(2048), score=scores.ALiBi.for_heads(4) >> scores.SoftCap(30.0),
+                 dropout_rate=0.1, dropout_rng=jax.random.key(0)), 4, 2),
+    "all_to_all": ({"exchange": "all_to_all"}, dict(mask=masks.Causal()), 16, 8),
+}
+for name, (axes, arguments, heads, kv_heads) in CASES.items():
+    shapes = [jax.ShapeDtypeStruct((1, 16384, n, 128), "bfloat16", sharding=where) for n in (heads, kv_heads, kv_heads)]
+
+    def loss(q, k, v):
+        return (attention(q, k, v, backend="pallas", **arguments).astype(jnp.float32) ** 2).sum()
+
+    with jax.set_mesh(mesh), attention_axes(context="context", **axes), compiling_for("v5e"):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=(where,) * 3).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    kernels = [kernel for kernel in ("forward", "dq", "dkv") if f"attnzoo_flash_{kernel}" in text]
+    moves = [kind for kind in ("collective-permute", "all-gather", "all-to-all") if re.search(rf" {kind}(-start)?\\(", text)]
+    print(json.dumps([name, kernels, moves]), flush=True)
+"""
+
+
+def test_tokens_divided_over_a_mesh():
+    """Context parallel on 2×4 chips: the same kernels, and keys and values move from neighbour to neighbour alone."""
+    lines = run(RING)
+    assert [name for name, *_ in lines] == ["ring", "window, score, dropout", "all_to_all"]
+    for name, kernels, moves in lines:
+        assert kernels == ["forward", "dq", "dkv"], name
+        assert moves == (["all-to-all"] if name == "all_to_all" else ["collective-permute"]), name

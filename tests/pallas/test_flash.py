@@ -14,8 +14,11 @@ from jax.sharding import AxisType
 
 from attnzoo.core import masks, scores, weights
 from attnzoo.core.attention import attention, explain
+from attnzoo.core.backends import dense, pallas
+from attnzoo.core.blocks import BlockMap
 from attnzoo.core.cells import Geometry, all_cells
 from attnzoo.core.dropout import Dropout, dropout_seed, keep_scale
+from attnzoo.core.request import make_request
 from attnzoo.core.sharding import attention_axes
 from pallas_kernels.tpu.launch import compiling_for, simulation
 from tests.core.oracle import oracle
@@ -368,3 +371,42 @@ def test_a_mesh_without_a_rule_is_an_error():
             attention(x, x, x, backend="pallas")
         with attention_axes(heads=("data", "tensor")), pytest.raises(ValueError, match="2 key/value heads do not divide"):
             attention(x, x, x, backend="pallas")
+
+
+def test_a_part_of_a_call_has_the_coordinates_of_the_whole():
+    """The last rows against the last keys, as on a device of a ring: values, statistics and gradients, in terms of what the
+    whole call says of them. (A ring itself the simulator cannot run: it waits for all devices at every kernel.)"""
+    length, half = 256, 128
+    slopes = jnp.asarray([0.3, 0.1])
+    q, k, v, d_out = (jnp.asarray(RNG.normal(size=(1, length, n, 16)), jnp.float32) for n in (2, 1, 1, 2))
+    d_out = d_out.at[:, :half].set(0)
+
+    def request(q, k, v, slopes, mask):
+        return make_request(
+            q, k, v, mask=mask, bias=None, score=scores.ALiBi(slopes), weights=weights.softmax, scale=None,
+            dropout_rate=0.2, dropout_rng=jax.random.key(2), q_positions=None, kv_positions=None, block_sizes=(128, 128),
+            return_lse=True, return_weights=False,
+        )[0]  # fmt: skip
+
+    def whole(q, k, v, slopes):
+        result = dense.run(request(q, k, v, slopes, masks.Causal(3) & masks.Function(lambda b, h, q, k: k >= half)))
+        return (result.out * d_out).sum(), result
+
+    (_, want), gradients = jax.value_and_grad(whole, (0, 1, 2, 3), has_aux=True)(q, k, v, slopes)
+    with simulation():
+        r = request(q, k, v, slopes, masks.Causal(3))
+        part = pallas.whole(r, pallas.map_of(r))
+        g = Geometry(1, 2, 1, half, half, origin=jnp.asarray([0, 0, half, half], jnp.int32))
+        state = np.full((1, 1, 1, 1), 1, np.int8)
+        part = part._replace(
+            q=part.q[:, half:], k=k[:, half:], v=v[:, half:], geometry=g, block_map=BlockMap(state, half, half, half, half, "")
+        )
+        out, lse = pallas.attend_part(part)
+        found = pallas.part_gradients(part, out, lse, jnp.moveaxis(d_out[:, half:], 2, 1), jnp.zeros_like(lse))
+    np.testing.assert_allclose(jnp.moveaxis(out, 1, 2), want.out[:, half:], atol=3e-6, rtol=1e-5)
+    np.testing.assert_allclose(lse, want.lse[:, :, half:], atol=3e-6, rtol=1e-5)
+    dq, dk, dv, d_slopes = gradients
+    for a, b in ((found.q * r.scale, dq), (found.k, dk), (found.v, dv)):
+        np.testing.assert_allclose(a, b[:, half:], atol=3e-6, rtol=1e-4)
+    (by_head,) = found.score
+    np.testing.assert_allclose(by_head.ravel(), d_slopes, atol=3e-5, rtol=1e-4)

@@ -11,19 +11,19 @@ from attnzoo import catalog
 from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.nn.linear import axis_names, named
 from train.config import MeshConfig
-from train.sharding import AXES, LARGE, RULES, check_axes, make_mesh, on_mesh, shardings
+from train.sharding import AXES, LARGE, RULES, check_axes, describe, make_mesh, on_mesh, shardings
 from train.tasks import make_task
 from train.trainer import Trainer
 
 
 def train(config, steps=3):
-    """(losses, final state) of a few steps."""
+    """(losses, validation, final state) of a few steps."""
     mesh = make_mesh(config.mesh)
     task = make_task(config)
     trainer = Trainer(task, config, mesh)
     state, data = trainer.init(), iter(task.batches())
     losses = []
-    with on_mesh(mesh):
+    with on_mesh(mesh, config.mesh.exchange):
         for _ in range(steps):
             state, metrics = trainer.train_step(state, trainer.put(next(data)))
             losses.append(float(metrics["loss"]))
@@ -163,3 +163,26 @@ def test_one_device_is_the_mesh_of_ones():
     mesh = make_mesh(MeshConfig())
     assert mesh.size == 1
     assert mesh.axis_names == AXES
+
+
+@pytest.fixture(scope="module")
+def fifty_alone():
+    """Losses of 50 steps on one device, computed once."""
+    found: list[float] = []
+
+    def of(config):
+        if not found:
+            found.extend(train(config, steps=50)[0])
+        return found
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(context=8), MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=4, context=2, exchange="all_to_all")],
+    ids=describe,
+)
+def test_fifty_steps_with_sequences_divided(mesh, tiny, replaced, fifty_alone):
+    many, *_ = train(replaced(tiny, {"mesh": mesh, "steps": 50}), steps=50)
+    np.testing.assert_allclose(many, fifty_alone(replaced(tiny, {"steps": 50})), atol=1e-5, rtol=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from attnzoo.core.attention import recorded_choices
+from attnzoo.core.backends.choice import recorded_choices
 from train.config import Config
 from train.plan import accounting, count
 from train.plan.accounting import Collectives
@@ -94,7 +94,7 @@ def compile_step(prepared: Prepared, pod: Slice) -> Planned:
 
     began = time.monotonic()
     trainer, batch, devices = prepared.trainer, prepared.batch, len(pod.devices)
-    with on_mesh(trainer.mesh), compiling_for(pod.chip.kernels), recorded_choices() as choices:
+    with on_mesh(trainer.mesh, trainer.exchange), compiling_for(pod.chip.kernels), recorded_choices() as choices:
         traced = trainer.trace(batch)
         forward = count.forward_flops(trainer, batch)
         lowered = traced.lower(lowering_platforms=("tpu",))

@@ -56,5 +56,5 @@ def forward_flops(trainer: Trainer, batch: dict[str, jax.ShapeDtypeStruct]) -> i
     def loss(params: nnx.State, rest: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
         return trainer.task.loss(nnx.merge(trainer.graphdef, params, rest, copy=True), batch)
 
-    with on_mesh(trainer.mesh):
+    with on_mesh(trainer.mesh, trainer.exchange):
         return flops(jax.make_jaxpr(loss)(trainer.abstract.params, trainer.abstract.rest, batch))

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from attnzoo.core.backends.part import Part, PartGradients, no_gradient
 from attnzoo.core.backends.result import Result
 from attnzoo.core.backends.tiles import RowLists, Walk, row_lists
 from attnzoo.core.blocks import BlockMap, block_map
@@ -31,6 +32,7 @@ from attnzoo.core.cells import (
     operand_window,
     pad_operand,
     spread,
+    unpad_operand,
     visible_slots,
 )
 from attnzoo.core.dropout import Dropout, keep_scale
@@ -40,8 +42,8 @@ from attnzoo.core.weights import HIDDEN, Normalised, Pointwise
 BLOCK = 512
 
 
-def refusal(r: Request) -> str | None:
-    """Why this backend cannot run the request (None: it can)."""
+def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
+    """Why this backend cannot run the request (None: it can), or a rectangle of so many queries and keys at a time."""
     if r.return_weights:
         return "it never holds the weights that return_weights asks for"
     if not isinstance(r.weights, Normalised | Pointwise):
@@ -51,19 +53,58 @@ def refusal(r: Request) -> str | None:
     return None
 
 
+def block_sizes(r: Request, queries: int, keys: int) -> tuple[int, int]:
+    """Of the tiles in which a rectangle of the logits is computed."""
+    block_q, block_k = r.block_sizes or (BLOCK, BLOCK)
+    return min(block_q, queries), min(block_k, keys)
+
+
 def map_of(r: Request) -> BlockMap:
     """The block map this backend walks."""
-    block_q, block_k = r.block_sizes or (BLOCK, BLOCK)
-    g = r.geometry
-    return block_map(r.mask, g, min(block_q, g.queries), min(block_k, g.keys))
+    return block_map(r.mask, r.geometry, *block_sizes(r, r.geometry.queries, r.geometry.keys))
+
+
+def whole(r: Request, bm: BlockMap) -> Part:
+    """The request as one part. Other parts of it have some of its queries, keys and operands."""
+    dtype = r.product_dtype
+    q = (r.q.astype(jnp.float32) * r.scale).astype(dtype)
+    k, v = r.k.astype(dtype), r.v.astype(dtype)
+    return Part(q, k, v, r.geometry, r.bound_mask(), r.bound_score(), r.weights, r.dropout, bm)
 
 
 def run(r: Request) -> Result:
-    bm = map_of(r)
-    g = r.geometry
-    sizes = dataclasses.replace(g, q_positions=None, kv_positions=None)
+    out, lse = attend_part(whole(r, map_of(r)))
+    final: Array | None = None
+    if not isinstance(r.weights, Pointwise):
+        out, final = r.weights.finish(out, lse)
+    return Result(jnp.moveaxis(out, 1, 2), final)
+
+
+def attend_part(part: Part) -> tuple[Array, Array]:
+    """``out [B, N, T, Hv]`` and ``lse [B, N, T]`` (zeros for pointwise maps), float32, without ``Weights.finish``."""
+    problem, score_xs, rest = _problem(part)
+    out, lse = _attend(problem, part.q, part.k, part.v, score_xs, rest)
+    return jnp.moveaxis(out, 1, 2), lse
+
+
+def part_gradients(part: Part, out: Array, lse: Array, d_out: Array, d_lse: Array) -> PartGradients:
+    """Of the part's arrays, where ``out`` and ``lse`` are of *all* keys of its queries, and ``d_out``, ``d_lse`` their
+    cotangents."""
+    problem, padded, rest = _problem(part)
+    out, d_out = jnp.moveaxis(out, 2, 1), jnp.moveaxis(d_out, 2, 1)
+    dq, dk, dv, d_padded, _ = _backward(problem, (part.q, part.k, part.v, padded, rest, out, lse), (d_out, d_lse))
+    operands = part.score.operands if part.score else ()
+    d_score = [
+        None if d.dtype == jax.dtypes.float0 else unpad_operand(op, d, *problem.walk.padding)
+        for op, d in zip(operands, d_padded, strict=True)
+    ]
+    return PartGradients(dq, dk, dv, d_score)
+
+
+def _problem(part: Part) -> tuple[Problem, list[Array], Rest]:
+    bm, g, mask, score = part.block_map, part.geometry, part.mask, part.score
+    sizes = dataclasses.replace(g, q_positions=None, kv_positions=None, origin=None)
     walk = Walk(sizes, bm.block_q, bm.block_k, bm.state.shape[0] > 1, bm.state.shape[1] > 1)
-    mask, score = r.bound_mask(), r.bound_score()
     pad = functools.partial(pad_operand, rows=walk.padding[0], cols=walk.padding[1])
     score_ops = [pad(op) for op in score.operands] if score else []
     mask_ops = [pad(op) for op in mask.operands] if mask else []
@@ -73,19 +114,12 @@ def run(r: Request) -> Result:
         tuple((op.kind, op.block) for op in score_ops),
         mask.apply if mask else None,
         tuple((op.kind, op.block) for op in mask_ops),
-        r.weights if isinstance(r.weights, Pointwise) else None,
-        None if r.dropout is None else r.dropout.rate,
+        part.weights if isinstance(part.weights, Pointwise) else None,
+        None if part.dropout is None else part.dropout.rate,
     )
-    dtype = r.product_dtype
-    q = (r.q.astype(jnp.float32) * r.scale).astype(dtype)
-    seed = None if r.dropout is None else r.dropout.seed
-    rest = Rest(row_lists(bm, walk), [op.x for op in mask_ops], g.q_positions, g.kv_positions, seed)
-    out, lse = _attend(problem, q, r.k.astype(dtype), r.v.astype(dtype), [op.x for op in score_ops], rest)
-    final: Array | None = None
-    if problem.phi is None:
-        out, final = r.weights.finish(jnp.moveaxis(out, 1, 2), lse)
-        out = jnp.moveaxis(out, 1, 2)
-    return Result(out, final)
+    seed = None if part.dropout is None else part.dropout.seed
+    rest = Rest(row_lists(bm, walk), [op.x for op in mask_ops], g.q_positions, g.kv_positions, seed, g.origin)
+    return problem, [op.x for op in score_ops], rest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +135,9 @@ class Problem:
     drop_rate: float | None
 
     def geometry(self, rest: Rest) -> Geometry:
-        return dataclasses.replace(self.walk.g, q_positions=rest.q_positions, kv_positions=rest.kv_positions)
+        return dataclasses.replace(
+            self.walk.g, q_positions=rest.q_positions, kv_positions=rest.kv_positions, origin=rest.origin
+        )
 
     def parts(self, kinds: tuple[Any, ...], xs: list[Array], tile: Tile) -> list[Array]:
         keys = self.walk.blocks_k * self.walk.block_k
@@ -120,14 +156,14 @@ class Problem:
             ops = (spread(Operand(x, *kind), x, tile) for x, kind in zip(parts, self.mask_kinds, strict=True))
             ok = jnp.asarray(self.mask(cells, *ops), bool)
         if self.walk.padding[1]:
-            ok = ok & (cells.s < self.walk.g.keys)
+            ok = ok & (cells.s < self.walk.g.keys + (0 if rest.origin is None else rest.origin[3]))
         slots = visible_slots(self.geometry(rest), cells)
         return ok if slots is None else ok & slots
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lists", "mask_xs", "q_positions", "kv_positions", "seed"],
+    data_fields=["lists", "mask_xs", "q_positions", "kv_positions", "seed", "origin"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +175,7 @@ class Rest:
     q_positions: Any
     kv_positions: Any
     seed: Any
+    origin: Any
 
 
 def _zeros(shape: tuple[int, ...]) -> Array:
@@ -311,8 +348,8 @@ def _backward(p: Problem, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     )
     (dk, dv, moved, dq), _ = lax.scan(row_of_tiles, start, jnp.arange(np.prod(w.jobs), dtype=jnp.int32))
     given = iter(moved)
-    d_score = [next(given) if d else _no_gradient(x) for x, d in zip(score_xs, differentiable, strict=True)]
-    return dq[:, : q.shape[1]].astype(q.dtype), _tokens(dk, k), _tokens(dv, v), d_score, jax.tree.map(_no_gradient, rest)
+    d_score = [next(given) if d else no_gradient(x) for x, d in zip(score_xs, differentiable, strict=True)]
+    return dq[:, : q.shape[1]].astype(q.dtype), _tokens(dk, k), _tokens(dv, v), d_score, jax.tree.map(no_gradient, rest)
 
 
 def _moving_kinds(p: Problem, differentiable: list[bool]) -> list[Any]:
@@ -332,12 +369,6 @@ def _tokens(wide: Array, like: Array) -> Array:
     b, k, blocks, h, block = wide.shape
     x = jnp.moveaxis(wide, (2, 4, 1), (1, 2, 3)).reshape(b, blocks * block, k, h)
     return x[:, : like.shape[1]].astype(like.dtype)
-
-
-def _no_gradient(x: Any) -> Any:
-    if jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        return jnp.zeros_like(x)
-    return np.zeros(np.shape(x), jax.dtypes.float0)
 
 
 @jax.custom_jvp

@@ -22,18 +22,19 @@ from attnzoo.core.backends.packed import (
     packs,
     unpacked,
 )
+from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import FULL, PARTIAL, BlockMap, block_map
 from attnzoo.core.cells import Bound, Cells, Geometry, Operand
 from attnzoo.core.dropout import Dropout, keep_scale
 from attnzoo.core.hoist import NotElementwise, hoist, outside
 from attnzoo.core.request import Request
-from attnzoo.core.sharding import Axes, division
+from attnzoo.core.sharding import Axes, division, operand_spec
 from attnzoo.core.weights import Normalised, Pointwise
 
 
-def refusal(r: Request) -> str | None:
-    """Why this backend cannot run the request (None: it can)."""
+def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
+    """Why this backend cannot run the request (None: it can), or a rectangle of so many queries and keys at a time."""
     if not _there():
         return f"it needs a TPU, and the default device is a {jax.default_backend()}"
     if r.return_weights:
@@ -48,7 +49,7 @@ def refusal(r: Request) -> str | None:
         return f"its block_sizes are multiples of 128, not {r.block_sizes}"
     if isinstance(r.weights, Pointwise) and (found := outside(r.weights.phi)) is not None:
         return f"{r.weights} uses {found!r}, which does not run inside a kernel"
-    return _try_plan(r)
+    return _try_plan(r, rectangle)
 
 
 def _there() -> bool:
@@ -59,7 +60,7 @@ def _there() -> bool:
     return launch is not None and (launch.generation() is not None or launch.simulated())
 
 
-def _try_plan(r: Request) -> str | None:
+def _try_plan(r: Request, rectangle: tuple[int, int] | None) -> str | None:
     from pallas_kernels.tpu import jobs, launch
 
     try:
@@ -70,6 +71,9 @@ def _try_plan(r: Request) -> str | None:
     if by_distance and launch.generation() == "v4":
         return "TPU v4 cannot shift rows against each other, which arrays looked up by distance need"
     batch, heads, rows, columns = plan.state.shape
+    if rectangle is not None:
+        block_q, block_k = block_sizes(r, *rectangle)
+        rows, columns = -(-rectangle[0] // block_q), -(-rectangle[1] // block_k)
     group = 1 if plan.packed else r.geometry.heads // r.geometry.kv_heads
     if heads > 1 and group > jobs.MOST_MEMBERS:
         return (
@@ -77,7 +81,7 @@ def _try_plan(r: Request) -> str | None:
             "v, or let all heads see the same tiles"
         )
     tiles = None
-    if isinstance(plan.state, np.ndarray):
+    if rectangle is None and isinstance(plan.state, np.ndarray):
         tiles = int(np.maximum(1, (plan.state > 0).sum(-1)).sum(-1).max())
     return jobs.refusal(batch * heads, rows, columns, tiles)
 
@@ -93,16 +97,15 @@ class _Plan(NamedTuple):
 
 def map_of(r: Request) -> BlockMap:
     """The block map this backend walks."""
-    block_q, block_k = _block_sizes(r)
-    return block_map(r.mask, r.geometry, block_q, block_k)
+    return block_map(r.mask, r.geometry, *block_sizes(r, r.geometry.queries, r.geometry.keys))
 
 
-def _block_sizes(r: Request) -> tuple[int, int]:
+def block_sizes(r: Request, queries: int, keys: int) -> tuple[int, int]:
+    """Of the tiles in which a rectangle of the logits is computed."""
     from pallas_kernels.tpu.choice import blocks
 
-    g = r.geometry
     wanted = r.block_sizes or blocks()[:2]
-    block_q, block_k = min(wanted[0], _round_up(g.queries)), min(wanted[1], _round_up(g.keys))
+    block_q, block_k = min(wanted[0], _round_up(queries)), min(wanted[1], _round_up(keys))
     for op in _operands(r.bound_mask()):
         if op.block is not None:  # a tile lies within one block
             block_q, block_k = math.gcd(block_q, op.block[0]), math.gcd(block_k, op.block[1])
@@ -119,19 +122,13 @@ def _round_up(n: int) -> int:
 
 def _plan(r: Request) -> _Plan:
     g = r.geometry
-    block_q, block_k = _block_sizes(r)
-    state = block_map(r.mask, g, block_q, block_k).state
-    if g.keys % block_k:  # the padding of the last block must be hidden
-        xp = np if isinstance(state, np.ndarray) else jnp
-        last = np.arange(state.shape[3]) == state.shape[3] - 1
-        state = xp.where(last & (state == FULL), PARTIAL, state)
+    block_q, block_k = block_sizes(r, g.queries, g.keys)
+    state = _hide_padding(block_map(r.mask, g, block_q, block_k).state, g.keys, block_k)
     packed = packs(g)
     state = packed_state(state, g) if packed else state
     # The mask itself is asked in partial tiles alone.
     asks = not isinstance(state, np.ndarray) or bool((state == PARTIAL).any())
-    mask = hoist(_with_slots(r.bound_mask(), g), g, f"mask {r.mask}") if asks and _hides(r) else None
-    bound = r.bound_score()
-    score = None if bound is None else hoist(bound, g, "score", score=True)
+    mask, score = (_mask(r) if asks else None), _score(r)
     if packed:
         mask = None if mask is None else packed_bound(mask, g)
         score = None if score is None else packed_bound(score, g, score=True)
@@ -139,8 +136,24 @@ def _plan(r: Request) -> _Plan:
     return _Plan(block_q, block_k, state, mask, score, packed)
 
 
-def _hides(r: Request) -> bool:
-    return r.mask is not None or r.geometry.kv_positions is not None
+def _hide_padding(state: Any, keys: int, block_k: int) -> Any:
+    """Tile states in which a last, short block of keys is no full one."""
+    if keys % block_k == 0:
+        return state
+    xp = np if isinstance(state, np.ndarray) else jnp
+    last = np.arange(state.shape[3]) == state.shape[3] - 1
+    return xp.where(last & (state == FULL), PARTIAL, state)
+
+
+def _mask(r: Request) -> Bound | None:
+    if r.mask is None and r.geometry.kv_positions is None:
+        return None
+    return hoist(_with_slots(r.bound_mask(), r.geometry), r.geometry, f"mask {r.mask}")
+
+
+def _score(r: Request) -> Bound | None:
+    bound = r.bound_score()
+    return None if bound is None else hoist(bound, r.geometry, "score", score=True)
 
 
 def _with_slots(mask: Bound | None, g: Geometry) -> Bound:
@@ -151,9 +164,22 @@ def _with_slots(mask: Bound | None, g: Geometry) -> Bound:
     return Bound(mask.operands, lambda c, *parts: jnp.asarray(mask.apply(c, *parts)) & (c.k >= 0))
 
 
+def whole(r: Request, bm: BlockMap) -> Part:
+    """The request as one part, its mask and score elementwise. Other parts have some of its queries, keys and operands."""
+    score = _score(r)
+    return Part(_scaled(r, score), r.k, r.v, r.geometry, _mask(r), score, r.weights, r.dropout, bm)
+
+
+def _scaled(r: Request, score: Bound | None) -> Any:
+    from pallas_kernels.tpu.problem import LOG2E
+
+    base2 = score is None and not isinstance(r.weights, Pointwise)
+    return (r.q.astype(jnp.float32) * r.scale * (LOG2E if base2 else 1.0)).astype(r.q.dtype)
+
+
 class _Arrays(NamedTuple):
-    """What a device needs of a call; ``state`` is None where it is the same for all and known. offset: batch row and head at
-    which the device's part begins."""
+    """What a device needs of a call; ``state`` is None where it is the same for all and known. origin: batch row, head, query
+    and key at which the device's part begins."""
 
     q: Any
     k: Any
@@ -162,24 +188,21 @@ class _Arrays(NamedTuple):
     score: tuple[Any, ...]
     state: Any
     seed: Any
-    offset: Any
+    origin: Any
 
 
 def run(r: Request) -> Result:
-    from pallas_kernels.tpu.problem import LOG2E
-
     plan = _plan(r)
-    seed = jnp.zeros(2, jnp.int32) if r.dropout is None else lax.bitcast_convert_type(r.dropout.seed, jnp.int32)
     same = isinstance(plan.state, np.ndarray) and plan.state.shape[:2] == (1, 1)
     arrays = _Arrays(
-        (r.q.astype(jnp.float32) * r.scale * (LOG2E if _base2(r, plan) else 1.0)).astype(r.q.dtype),
+        _scaled(r, plan.score),
         r.k,
         r.v,
         tuple(jnp.asarray(op.x) for op in _operands(plan.mask)),
         tuple(jnp.asarray(op.x) for op in _operands(plan.score)),
         None if same else plan.state,
-        seed,
-        jnp.zeros(2, jnp.int32),
+        None if r.dropout is None else r.dropout.seed,
+        jnp.zeros(4, jnp.int32),
     )
     if plan.packed:
         arrays = arrays._replace(q=packed_queries(arrays.q, r.geometry))
@@ -193,32 +216,24 @@ def run(r: Request) -> Result:
     return Result(jnp.moveaxis(out, 1, 2), final)
 
 
-def _base2(r: Request, plan: _Plan) -> bool:
-    return plan.score is None and not isinstance(r.weights, Pointwise)
-
-
 def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) -> tuple[Any, Any]:
     """Each device computes its own batch rows and heads; nothing is communicated."""
     b, h = axes.batch or None, axes.heads or None
 
-    def spec(x: Any, kind: str = "aligned") -> P:
-        if kind == "distance":
-            return P(h if x.shape[0] > 1 else None)
-        return P(b if x.shape[0] > 1 else None, h if x.shape[1] > 1 else None)
-
     def specs(bound: Bound | None) -> tuple[P, ...]:
-        return tuple(spec(op.x, op.kind) for op in _operands(bound))
+        return tuple(operand_spec(op, axes) for op in _operands(bound))
 
     state = None if arrays.state is None else jnp.asarray(arrays.state)
     tokens = P(b, None, h)
+    where = None if state is None else operand_spec(Operand(state, "blocks"), axes)
     given = _Arrays(
-        tokens, tokens, tokens, specs(plan.mask), specs(plan.score), None if state is None else spec(state), P(), P()
+        tokens, tokens, tokens, specs(plan.mask), specs(plan.score), where, None if arrays.seed is None else P(), P()
     )
 
     def local(arrays: _Arrays) -> tuple[Any, Any]:
         rows, _, heads, _ = arrays.q.shape
         start = [lax.axis_index(names) * n if names else 0 for names, n in ((b, rows), (h, heads))]
-        return _local(r, plan, arrays._replace(offset=jnp.asarray(start, jnp.int32)))
+        return _local(r, plan, arrays._replace(origin=jnp.asarray([*start, 0, 0], jnp.int32)))
 
     divided = jax.shard_map(local, mesh=mesh, in_specs=(given,), out_specs=(P(b, h), P(b, h)), check_vma=False)
     return divided(arrays._replace(state=state))
@@ -226,38 +241,79 @@ def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) ->
 
 def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
     """``out [B, N, T, Hv]`` and ``lse [B, N, T]`` of the rows and heads that are here."""
-    from pallas_kernels.tpu.attend import Lists, attend, column_lists
+    mask, score = (
+        None if bound is None else bound._replace(
+            operands=tuple(dataclasses.replace(op, x=here) for op, here in zip(bound.operands, xs, strict=True))
+        )
+        for bound, xs in ((plan.mask, x.mask), (plan.score, x.score))
+    )  # fmt: skip
+    here = Geometry(x.q.shape[0], x.q.shape[2], x.k.shape[2], x.q.shape[1], r.geometry.keys, origin=x.origin)
+    state = plan.state if x.state is None else x.state
+    bm = BlockMap(state, here.queries, here.keys, plan.block_q, plan.block_k, "")
+    dropout = None if r.dropout is None else Dropout(r.dropout.rate, x.seed)
+    part = Part(x.q, x.k, x.v, here, mask, score, r.weights, dropout, bm)
+    return attend_part(part, r.geometry if plan.packed else None)
+
+
+def attend_part(part: Part, packed: Geometry | None = None) -> tuple[Any, Any]:
+    """``out [B, N, T, Hv]`` in the type of v and ``lse [B, N, T]``, without ``Weights.finish``. packed: the geometry of a
+    call whose heads have become rows."""
+    from pallas_kernels.tpu.attend import attend
+
+    problem, arrays = _problem(part, packed)
+    out, lse = attend(problem, *arrays)
+    return out[:, :, : problem.queries], lse[:, :, 0, : problem.queries]
+
+
+def part_gradients(part: Part, out: Any, lse: Any, d_out: Any, d_lse: Any) -> PartGradients:
+    """Of the part's arrays, where ``out`` and ``lse`` are of *all* keys of its queries, and ``d_out``, ``d_lse`` their
+    cotangents."""
+    from pallas_kernels.tpu.attend import attend_backward
+
+    problem, arrays = _problem(part, None)
+    rows = problem.padded[0] - problem.queries
+
+    def padded(x: Any, fill: float = 0.0) -> Any:
+        return jnp.pad(x, [(0, 0), (0, 0), (0, rows)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
+
+    whole = padded(out), padded(lse, -jnp.inf)[:, :, None]
+    dq, dk, dv, d_score, _ = attend_backward(problem, (*arrays, *whole), (padded(d_out), padded(d_lse)[:, :, None]))
+    dq, dk, dv = (jnp.moveaxis(d[:, :, : x.shape[1]], 1, 2) for d, x in ((dq, part.q), (dk, part.k), (dv, part.v)))
+    return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
+
+
+def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]:
+    """The kernels' problem, and ``(q, k, v, score operands, the rest)`` as they take them."""
+    from pallas_kernels.tpu.attend import Lists, column_lists
     from pallas_kernels.tpu.choice import blocks
     from pallas_kernels.tpu.jobs import make_jobs
     from pallas_kernels.tpu.problem import Problem, laid_out
 
-    state = plan.state if x.state is None else x.state
-    mask_ops, score_ops = (
-        tuple(dataclasses.replace(op, x=here) for op, here in zip(_operands(bound), xs, strict=True))
-        for bound, xs in ((plan.mask, x.mask), (plan.score, x.score))
-    )
+    g, bm, mask, score = part.geometry, part.block_map, part.mask, part.score
+    state = _hide_padding(bm.state, g.keys, bm.block_k)
+    mask_ops, score_ops = _operands(mask), _operands(score)
     rows, columns = blocks()[2:]
     problem = Problem(
-        x.q.shape[0], x.q.shape[2], x.k.shape[2], x.q.shape[1], r.geometry.keys, plan.block_q, plan.block_k,
-        _divisor(plan.block_q, rows), _divisor(plan.block_k, columns),
-        None if plan.mask is None else plan.mask.apply,
+        g.batch, g.heads, g.kv_heads, g.queries, g.keys, bm.block_q, bm.block_k,
+        _divisor(bm.block_q, rows), _divisor(bm.block_k, columns),
+        None if mask is None else mask.apply,
         tuple(map(_layout, mask_ops)),
-        None if plan.score is None else plan.score.apply,
+        None if score is None else score.apply,
         tuple(map(_layout, score_ops)),
-        r.weights.phi if isinstance(r.weights, Pointwise) else None,
-        None if r.dropout is None else functools.partial(_keep, r.dropout.rate, r.geometry if plan.packed else None),
+        part.weights.phi if isinstance(part.weights, Pointwise) else None,
+        None if part.dropout is None else functools.partial(_keep, part.dropout.rate, packed),
         per_batch=state.shape[0] > 1,
         per_head=state.shape[1] > 1,
     )  # fmt: skip
     by_column, kinds_of = column_lists(problem, state)
     lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:])), by_column, kinds_of)
     padded = problem.padded
-    q, k, v = (_by_heads(a, n) for a, n in ((x.q, padded[0]), (x.k, padded[1]), (x.v, padded[1])))
+    q, k, v = (_by_heads(a, n) for a, n in ((part.q, padded[0]), (part.k, padded[1]), (part.v, padded[1])))
     by_tile = (_by_tiles(op, problem) for op in mask_ops)
     mask_xs = tuple(laid_out(problem, a, layout) for a, layout in zip(by_tile, problem.mask_layouts, strict=True))
-    call = jnp.concatenate([x.seed, x.offset])
-    out, lse = attend(problem, q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, call))
-    return out[:, :, : problem.queries], lse[:, :, 0, : problem.queries]
+    seed = jnp.zeros(2, jnp.uint32) if part.dropout is None else part.dropout.seed
+    call = jnp.concatenate([lax.bitcast_convert_type(seed, jnp.int32), g.origin])
+    return problem, (q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, call))
 
 
 def _operands(bound: Bound | None) -> tuple[Operand, ...]:

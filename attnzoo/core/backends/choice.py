@@ -1,0 +1,79 @@
+"""Which backend runs a request."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from attnzoo.core.backends import BACKENDS
+from attnzoo.core.request import Request
+from attnzoo.errors import unknown
+
+#: Up to this many logits per head, one dense product beats any walk over tiles.
+SMALL = 256 * 256
+
+
+def refusals(r: Request) -> dict[str, str | None]:
+    """Why each backend cannot run the request on one device, or with its batch rows and heads divided (None: it can)."""
+    return {name: module.refusal(r) for name, module in BACKENDS.items()}
+
+
+def refusals_by_parts(r: Request, rectangle: tuple[int, int]) -> dict[str, str | None]:
+    """The same where queries and keys are divided too, and a device sees ``rectangle`` of them at a time."""
+    whole_rows = "it computes whole rows of logits, and a ring brings them in parts; exchange='all_to_all' brings whole rows"
+    return {
+        name: module.refusal(r, rectangle) if hasattr(module, "attend_part") else whole_rows
+        for name, module in BACKENDS.items()
+    }
+
+
+def choose(r: Request, backend: str, reasons: Mapping[str, str | None]) -> tuple[str, str]:
+    """The backend to run and why; raises ValueError for a named one that cannot, or when none can.
+
+    reasons: of :func:`refusals` or :func:`refusals_by_parts`.
+    """
+    able = [name for name, reason in reasons.items() if reason is None]
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise unknown("backend", backend, [*BACKENDS, "auto"])
+        if reasons[backend] is not None:
+            can = f"{' and '.join(repr(x) for x in able)} can" if able else "no backend can"
+            raise ValueError(f"backend {backend!r} cannot run this: {reasons[backend]}; {can}")
+        return backend, "asked for"
+    if not able:
+        raise ValueError("no backend can run this: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
+    g = r.geometry
+    if "dense" in able and "cudnn" not in able and g.queries * g.keys <= SMALL:
+        return "dense", f"T×S = {g.queries}×{g.keys} is small: one dense product is quickest"
+    return able[0], f"the first of {', '.join(BACKENDS)} that can run this"
+
+
+class Choice(NamedTuple):
+    """A backend that a call took, why, and why others could not run it."""
+
+    backend: str
+    reason: str
+    refused: dict[str, str]
+
+
+_CHOICES: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("attention_choices", default=None)
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """What every call of ``attention`` chooses, in order, while it is traced inside."""
+    choices: list[Choice] = []
+    token = _CHOICES.set(choices)
+    try:
+        yield choices
+    finally:
+        _CHOICES.reset(token)
+
+
+def record(name: str, reason: str, reasons: Mapping[str, str | None]) -> None:
+    """Note a choice for :func:`recorded_choices`."""
+    choices = _CHOICES.get()
+    if choices is not None:
+        choices.append(Choice(name, reason, {other: why for other, why in reasons.items() if why is not None}))
