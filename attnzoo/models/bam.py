@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -68,7 +69,7 @@ class BAMLM(DecoderLM):
 
     def with_router_losses(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], Float[Array, ""], Float[Array, ""]]:
         """(logits, Σ_layers L_LB, Σ_layers L_z) of a model with feed-forward experts."""
-        x = self._embed(tokens, jnp.arange(tokens.shape[-1]))
+        x = self._embed(tokens, np.arange(tokens.shape[-1]))
         balance = z = jnp.zeros(())
         for layer in self.layers.runs:
             assert isinstance(layer.feed_forward, MoEFFN)

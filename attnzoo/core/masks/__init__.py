@@ -6,7 +6,7 @@ Causal() & SlidingWindow(4096) | Prefix(512)
 """
 
 from attnzoo.core.blocks import BlockMap
-from attnzoo.core.masks.base import And, Mask, Not, Or, mask
+from attnzoo.core.masks.base import And, Instead, Mask, Not, Or, mask
 from attnzoo.core.masks.function import Function
 from attnzoo.core.masks.grid import Neighborhood
 from attnzoo.core.masks.hubs import HubSegmentMask
@@ -23,6 +23,7 @@ __all__ = [
     "Dilated",
     "Function",
     "HubSegmentMask",
+    "Instead",
     "Lengths",
     "Mask",
     "Neighborhood",
