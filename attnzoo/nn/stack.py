@@ -190,7 +190,7 @@ def _check_carry(body: Callable, state: tuple[Array, PyTree], layer_states: tupl
         return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(leaf.shape)}", tree)
 
     before, after = described(state[1]), described(carry)
-    if before != after:
+    if jax.tree.flatten(before) != jax.tree.flatten(after):  # nodes may not compare by value
         raise ValueError(
             f"scan: the carry of these layers changes from {before} to {after}, and a scan needs every layer "
             "to return what it was given; build with scan_layers=False"
