@@ -39,6 +39,7 @@ def greedy(
     max_new: int,
     lengths: Int[Array, "B"] | None = None,
     cache: PyTree = None,
+    mask: Any = None,
     eos_id: int | None = None,
     pad_id: int = 0,
 ) -> Generated:
@@ -48,11 +49,13 @@ def greedy(
     lengths: real tokens of right-padded prompts.
     cache: as `model.init_cache` gives it, with room for P + max_new tokens; needed by models that have a
         source. By default an empty one is made.
+    mask: of the prompt, for a model whose prefill takes one (`core.masks.Instead(Causal() | Prefix(P))` for a prefix language
+        model).
     """
     _check(prompt, max_new)
     graphdef, state = _evaluating(model)
     static = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
-    return _generate(graphdef, state, prompt, lengths, cache, None, 1.0, None, top_k=None, **static)
+    return _generate(graphdef, state, prompt, lengths, cache, mask, None, 1.0, None, top_k=None, **static)
 
 
 def sample(
@@ -66,6 +69,7 @@ def sample(
     top_p: ArrayLike | None = None,
     lengths: Int[Array, "B"] | None = None,
     cache: PyTree = None,
+    mask: Any = None,
     eos_id: int | None = None,
     pad_id: int = 0,
 ) -> Generated:
@@ -86,7 +90,7 @@ def sample(
             raise ValueError(f"{name}: {value} is out of range (temperature > 0, top_k >= 1, 0 < top_p <= 1)")
     graphdef, state = _evaluating(model)
     static = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id}
-    return _generate(graphdef, state, prompt, lengths, cache, rng, temperature, top_p, top_k=top_k, **static)
+    return _generate(graphdef, state, prompt, lengths, cache, mask, rng, temperature, top_p, top_k=top_k, **static)
 
 
 def beam_search(
@@ -99,6 +103,7 @@ def beam_search(
     alpha: float = 0.6,
     lengths: Int[Array, "B"] | None = None,
     cache: PyTree = None,
+    mask: Any = None,
     pad_id: int = 0,
 ) -> Generated:
     """The best of `beam_size` hypotheses by log-probability / ((5 + length) / 6)^alpha.
@@ -115,7 +120,7 @@ def beam_search(
         raise ValueError(f"beam_size, alpha: need beam_size >= 1 and alpha >= 0, got {beam_size} and {alpha}")
     graphdef, state = _evaluating(model)
     static = {"max_new": max_new, "eos_id": eos_id, "pad_id": pad_id, "beam_size": beam_size}
-    return _beam_search(graphdef, state, prompt, lengths, cache, alpha, **static)
+    return _beam_search(graphdef, state, prompt, lengths, cache, mask, alpha, **static)
 
 
 def _check(prompt: Array, max_new: int) -> None:
@@ -132,12 +137,12 @@ def _evaluating(model: nnx.Module) -> tuple[Any, Any]:
     return nnx.split(copy)
 
 
-def _prefill(model: Any, prompt: Array, lengths: Array | None, cache: PyTree, max_new: int) -> tuple[Array, PyTree]:
+def _prefill(model: Any, prompt: Array, lengths: Array | None, cache: PyTree, mask: Any, max_new: int) -> tuple[Array, PyTree]:
     """Logits [B, V] after each row's last real token, and the cache."""
     batch, length = prompt.shape
     if cache is None:
         cache = model.init_cache(batch, length + max_new)
-    logits, cache = model.prefill(prompt, cache, lengths)
+    logits, cache = model.prefill(prompt, cache, lengths, **({} if mask is None else {"mask": mask}))
     last = jnp.full(batch, length - 1) if lengths is None else lengths - 1
     return logits[jnp.arange(batch), last], cache
 
@@ -161,6 +166,7 @@ def _generate(
     prompt: Array,
     lengths: Array | None,
     cache: PyTree,
+    mask: Any,
     rng: Array | None,
     temperature: ArrayLike,
     top_p: ArrayLike | None,
@@ -197,7 +203,7 @@ def _generate(
         logits, cache = nnx.merge(graphdef, state).step(token[:, None], cache)
         return i + 1, cache, *record(i, logits[:, 0], made, done)
 
-    logits, cache = _prefill(nnx.merge(graphdef, state), prompt, lengths, cache, max_new)
+    logits, cache = _prefill(nnx.merge(graphdef, state), prompt, lengths, cache, mask, max_new)
     made = Generated(jnp.full((batch, max_new), pad_id, prompt.dtype), jnp.zeros(batch, jnp.int32), jnp.zeros(batch))
     first = record(0, logits, made, jnp.zeros(batch, bool))
     loop = (jnp.int32(1), cache, *first)
@@ -253,6 +259,7 @@ def _beam_search(
     prompt: Array,
     lengths: Array | None,
     cache: PyTree,
+    mask: Any,
     alpha: Array,
     *,
     max_new: int,
@@ -280,7 +287,7 @@ def _beam_search(
         return i + 1, model.reorder_cache(cache, (rows + parent).reshape(-1)), beams
 
     model = nnx.merge(graphdef, state)
-    logits, cache = _prefill(model, prompt, lengths, cache, max_new)
+    logits, cache = _prefill(model, prompt, lengths, cache, mask, max_new)
     cache = model.reorder_cache(cache, jnp.repeat(jnp.arange(batch), beam_size))
     logits = jnp.broadcast_to(logits[:, None], (batch, beam_size, logits.shape[-1]))
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -56,7 +56,7 @@ class Encoder(nnx.Module):
         positions: Int[Array, "..."] | None = None,
     ) -> Float[Array, "B T D"]:
         """lengths: real tokens of right-padded rows. mask: who may see whom, besides."""
-        where = jnp.arange(tokens.shape[-1]) if positions is None else positions
+        where = np.arange(tokens.shape[-1]) if positions is None else positions
         x = self.dropout(self.positions(self.embed(tokens), where))
         if lengths is not None:
             mask = both(Lengths(lengths), mask)

@@ -1,20 +1,17 @@
 """GraDe (Zhang et al., 2025, arXiv 2507.18504): a small language model that writes rows of tables along a feature graph."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnzoo.core.masks import Causal
-from attnzoo.core.positions import RoPE
-from attnzoo.models.layers import AbsolutePositions
-from attnzoo.models.lm import LMConfig
+from attnzoo.models.layers import layer_maker
+from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.nn.block import Block
-from attnzoo.nn.embed import Embed
-from attnzoo.nn.feed_forward import feed_forward
-from attnzoo.nn.norms import norm
 from attnzoo.zoo.graph.grade import (
     FeatureGraph,
     FeatureGraphMask,
@@ -25,12 +22,15 @@ from attnzoo.zoo.graph.grade import (
 )
 
 
-class GraDeLM(nnx.Module):
+class GraDeLM(DecoderLM):
     """tokens [B, T] of serialised rows -> logits [B, T, V] in float32, by a decoder whose layers share one graph.
 
-    config: sizes; its mixer is replaced. graph: A, or None for a plain causal model.
+    config: as in `DecoderLM`; its mixer is replaced. graph: A, or None for a plain causal model.
     strength, eps: as in `GraphGuidedBias`. keep: attend along this many strongest columns of each feature only (the hard
-        form); A is then trained straight through.
+        form). Gradients of the edges that are kept go straight through the choice; those of dropped ones are 0.
+
+    Does not decode with a cache. Raises ValueError for a dynamic graph: made from the row's own tokens, it would show every
+    token what follows it.
     """
 
     def __init__(
@@ -43,44 +43,34 @@ class GraDeLM(nnx.Module):
         keep: int | None = None,
         rngs: nnx.Rngs,
     ):
-        self.config, self.strength, self.eps, self.keep = config, strength, eps, keep
-        dim, dtypes = config.dim, config.dtypes
-        self.graph: Any = graph
-        self.embed = Embed(config.vocab_size, dim, rngs=rngs, **dtypes)
-        self.positions = AbsolutePositions(config.positions, config.max_length, dim, rngs=rngs, **dtypes)
-        rope = RoPE() if config.positions == "rope" else None
-        self.layers = nnx.List(
-            Block(
-                dim,
-                GraphGuidedAttention(
-                    dim, config.num_heads, causal=True, positions=rope, rngs=rngs, **dtypes, **config.all_mixer_args
-                ),
-                feed_forward(config.mlp, dim, config.mlp_dim, use_bias=config.use_bias, rngs=rngs, **dtypes),
-                norm=config.norm,
-                norm_first=config.norm_first,
-                rngs=rngs,
-                **dtypes,
+        if graph is not None and graph.update is not None:
+            raise ValueError(
+                "graph: a dynamic graph is made from all tokens of a row, so a causal model would see what it is to predict; "
+                "give a FeatureGraph with dynamic=None"
             )
-            for _ in range(config.num_layers)
-        )
-        self.norm = norm(config.norm, dim, rngs=rngs, **dtypes) if config.norm_first else None
+        super().__init__(config, rngs=rngs)
+        self.strength, self.eps, self.keep = strength, eps, keep
+        self.graph: Any = graph
 
-    def __call__(self, tokens: Int[Array, "B T"], features: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def layer_maker(self, config: LMConfig, rngs: nnx.Rngs) -> Callable[[int], Block]:
+        return layer_maker(config, rngs, causal=True, mixer=GraphGuidedAttention)
+
+    def __call__(  # type: ignore[override]
+        self, tokens: Int[Array, "B T"], features: Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
         """features: what every token belongs to, -1 for special tokens."""
         bias = mask = None
         if self.graph is not None:
             edges = self.graph()
             if self.keep is not None:
                 edges = strongest_columns(edges, self.keep)
-                mask = Causal() & FeatureGraphMask(edges > 0.5, features)
+                mask = FeatureGraphMask(edges > 0.5, features)
             bias = GraphGuidedBias(edges, features, self.strength, self.eps)
-        x = self.positions(self.embed(tokens), jnp.arange(tokens.shape[1]))
-        for layer in self.layers:
-            x, _ = layer(x, bias, mask=mask)
-        return self.embed.attend(x if self.norm is None else self.norm(x))
+        x = self._embed(tokens, np.arange(tokens.shape[-1]))
+        return self._logits(self.layers(x, carry=bias, mask=mask))
 
     def sample(self, orders: Int[Array, "R m"], num_values: int, key: Array) -> Int[Array, "R m"]:
-        """A new row of a table per order of its features, each of `num_values` values."""
+        """A new row of a table per order of its features, each of `num_values` values; m passes over whole rows."""
         count, m = orders.shape
 
         def write(i: Array, table: Array) -> Array:

@@ -1,5 +1,6 @@
 """What all models build their layers from."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from attnzoo.core.cells import Known
 from attnzoo.core.positions import PositionPlan, Positions, RoPE, sinusoidal_positions
 from attnzoo.errors import unknown
 from attnzoo.models.factory import make_mixer
@@ -94,19 +96,21 @@ def layer_maker(
     *,
     causal: bool,
     rope: RoPE | None = None,
+    mixer: type[Mixer] | None = None,
     make_cross: Callable[[], Mixer] | None = None,
 ) -> Callable[[int], Block]:
-    """i -> layer i of a stack. rope: of the mixers when config.positions is "rope" (default `RoPE()`)."""
+    """i -> layer i of a stack. rope: of the mixers when config.positions is "rope" (default `RoPE()`).
+
+    mixer: a class in place of the one that config.mixer names.
+    """
     named = {"rope": rope or RoPE()}
     positions = named.get(config.positions) if isinstance(config.positions, str) else config.positions
 
     def make(i: int) -> Block:
-        mixer = make_mixer(
-            config.mixer,
+        build: Any = mixer or functools.partial(make_mixer, config.mixer, layer=i, num_layers=config.num_layers)
+        mixing = build(
             config.dim,
             config.num_heads,
-            layer=i,
-            num_layers=config.num_layers,
             causal=causal,
             positions=positions,
             rngs=rngs,
@@ -124,7 +128,7 @@ def layer_maker(
         )
         return Block(
             config.dim,
-            mixer,
+            mixing,
             network,
             cross=make_cross() if make_cross else None,
             norm=config.norm,
@@ -148,7 +152,7 @@ class AbsolutePositions(nnx.Module):
         if kind == "learned":
             self.table = LearnedPositions(length, dim, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Array, positions: Int[Array, "..."]) -> Array:
+    def __call__(self, x: Array, positions: Int[Known, "..."]) -> Array:
         if self.kind == "learned":
             return x + self.table(positions)
         if self.kind == "sinusoidal":

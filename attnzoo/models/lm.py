@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -81,8 +82,9 @@ class DecoderLM(nnx.Module):
         mask: Any = None,
         positions: Int[Array, "..."] | None = None,
     ) -> Float[Array, "B T V"]:
-        """mask: combined with the causal one. positions: [T] or [B, T], 0, 1, ... by default."""
-        where = jnp.arange(tokens.shape[-1]) if positions is None else positions
+        """mask: combined with the causal one, or in its place (`core.masks.Instead`). positions: [T] or [B, T], 0, 1, ... by
+        default."""
+        where = np.arange(tokens.shape[-1]) if positions is None else positions
         return self._logits(self.layers(self._embed(tokens, where), mask=mask, positions=positions))
 
     def init_cache(self, batch: int, length: int, *, dtype: DTypeLike | None = None) -> ModelCache:
@@ -90,12 +92,15 @@ class DecoderLM(nnx.Module):
         return ModelCache(self.layers.init_cache(batch, length, dtype=dtype), jnp.zeros(batch, jnp.int32))
 
     def prefill(
-        self, tokens: Int[Array, "B T"], cache: ModelCache, lengths: Int[Array, "B"] | None = None
+        self, tokens: Int[Array, "B T"], cache: ModelCache, lengths: Int[Array, "B"] | None = None, *, mask: Any = None
     ) -> tuple[Float[Array, "B T V"], ModelCache]:
-        """(logits, cache) of T more tokens per row; lengths [B] are the real tokens of right-padded rows."""
+        """(logits, cache) of T more tokens per row; lengths [B] are the real tokens of right-padded rows.
+
+        mask: as in a call, compared by position. What one token sees ahead of it must come in the same call.
+        """
         length = tokens.shape[-1]
         x = self._embed(tokens, cache.seen[:, None] + jnp.arange(length))
-        x, layers = self.layers.prefill(x, cache.layers, lengths=lengths)
+        x, layers = self.layers.prefill(x, cache.layers, lengths=lengths, mask=mask)
         seen = cache.seen + (length if lengths is None else lengths)
         return self._logits(x), ModelCache(layers, seen)
 

@@ -134,10 +134,10 @@ class MASATransformer(nnx.Module):
         return self.lm.init_cache(batch, length, dtype=dtype)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], cache: ModelCache, lengths: Int[Array, "B"] | None = None
+        self, tokens: Int[Array, "B T"], cache: ModelCache, lengths: Int[Array, "B"] | None = None, **kwargs: Any
     ) -> tuple[Float[Array, "B T V"], ModelCache]:
-        """(logits, cache) of T more tokens per row."""
-        return self.materialise().prefill(tokens, cache, lengths)
+        """(logits, cache) of T more tokens per row; options as in `DecoderLM`."""
+        return self.materialise().prefill(tokens, cache, lengths, **kwargs)
 
     def step(self, tokens: Int[Array, "B 1"], cache: ModelCache) -> tuple[Float[Array, "B 1 V"], ModelCache]:
         """(logits, cache) of one more token per row."""
@@ -190,7 +190,7 @@ def calibrate(
     lm.eval()
     x, predictions = lm.embed(tokens), []
     moments: dict[str, list[np.ndarray]] = {name: [] for name in MODES["qkvo"]}
-    x = lm.positions(x, jnp.arange(tokens.shape[1]))
+    x = lm.positions(x, np.arange(tokens.shape[1]))
     for block in _blocks(lm):
         h = block.mixer_norm(x) if block.norm_first else x
         probe: Any = nnx.merge(*nnx.split(block.mixer), copy=True)

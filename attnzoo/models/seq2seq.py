@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -106,7 +107,7 @@ class Transformer(nnx.Module):
     def encode(self, source: Int[Array, "B S"], *, source_mask: Bool[Array, "B S"] | None = None) -> Float[Array, "B S D"]:
         """What the decoder attends to. source_mask: True at real tokens."""
         embed = self.embed if self.source_embed is None else self.source_embed
-        x = self.source_positions(embed(source), jnp.arange(source.shape[-1]))
+        x = self.source_positions(embed(source), np.arange(source.shape[-1]))
         x = self.encoder(self.dropout(x), mask=_of_keys(source_mask, source.shape))
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
@@ -118,10 +119,11 @@ class Transformer(nnx.Module):
         source_mask: Bool[Array, "B S"] | None = None,
         mask: Any = None,
     ) -> Float[Array, "B T V"]:
-        """mask: of the decoder's self-attention, combined with the causal one (packing, say)."""
+        """mask: of the decoder's self-attention, combined with the causal one (packing, say), or in its place
+        (`core.masks.Instead`)."""
         memory = self.encode(source, source_mask=source_mask)
         x = self.decoder(
-            self._embed(target, jnp.arange(target.shape[-1])),
+            self._embed(target, np.arange(target.shape[-1])),
             mask=mask,
             memory=memory,
             memory_mask=_of_keys(source_mask, source.shape),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -87,7 +88,7 @@ class ViT(nnx.Module):
         x = self.patches(images)
         where = grid_positions(*self.config.grid)
         if self.config.positions == "learned":
-            x = x + self.table(jnp.arange(x.shape[1]))
+            x = x + self.table(np.arange(x.shape[1]))
         elif self.config.positions == "sinusoidal":
             axes = [sinusoidal_positions(where[:, axis], self.config.dim // 2) for axis in (0, 1)]
             x = x + jnp.concatenate(axes, axis=-1).astype(x.dtype)

@@ -1,20 +1,20 @@
 """From tokens, positions and images to vectors, and back to logits."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from attnzoo.core.cells import Known, concrete
 from attnzoo.nn.linear import linear, named
 
 
 class Embed(nnx.Module):
     """A [V, D] table: tokens -> vectors, and with `attend` vectors -> logits by the same table.
 
-    Rows are N(0, 1/D). Looked-up rows are multiplied by sqrt(D) (Vaswani et al. 2017, §3.4), so inputs have
-    unit variance and logits of normalised vectors do too; the logits themselves are not scaled.
-    Token ids outside [0, V) are clipped.
+    Rows are N(0, stddev²), with stddev D^-0.5 by default. Looked-up rows are multiplied by `scale`, sqrt(D) by default
+    (Vaswani et al. 2017, §3.4), so inputs have unit variance and logits of normalised vectors do too; the logits themselves
+    are not scaled. Token ids outside [0, V) are clipped.
     """
 
     def __init__(
@@ -22,14 +22,16 @@ class Embed(nnx.Module):
         vocab_size: int,
         dim: int,
         *,
+        scale: float | None = None,
+        stddev: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.normal(dim**-0.5)
+        init = nnx.initializers.normal(dim**-0.5 if stddev is None else stddev)
         self.table = nnx.Param(init(rngs.params(), (vocab_size, dim), param_dtype), **named("vocab", "embed"))
         self.dtype = dtype or param_dtype
-        self.scale = dim**0.5
+        self.scale = dim**0.5 if scale is None else scale
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         rows = jnp.take(self.table[...], tokens, axis=0, mode="clip")
@@ -70,7 +72,7 @@ def logits(x: Float[Array, "*B D"], kernel: Float[Array, "D V"], dtype: DTypeLik
 class LearnedPositions(nnx.Module):
     """A [length, D] table of N(0, 0.02²), one row per position.
 
-    Concrete positions outside [0, length) raise ValueError; traced ones are clipped.
+    Known positions outside [0, length) raise ValueError; traced ones are clipped, so give numpy ones where they are known.
     """
 
     def __init__(
@@ -86,10 +88,10 @@ class LearnedPositions(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (length, dim), param_dtype), **named(None, "embed"))
         self.dtype = dtype or param_dtype
 
-    def __call__(self, positions: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+    def __call__(self, positions: Int[Known, "*B T"]) -> Float[Array, "*B T D"]:
         length = self.table.shape[0]
-        if not isinstance(positions, jax.core.Tracer) and positions.size and int(positions.max()) >= length:
-            raise ValueError(f"positions: up to {int(positions.max())}, but the table was built for length={length}")
+        if (known := concrete(positions)) is not None and known.size and not 0 <= known.min() <= known.max() < length:
+            raise ValueError(f"positions: {known.min()} to {known.max()}, but the table was built for length={length}")
         return jnp.take(self.table[...], positions, axis=0, mode="clip").astype(self.dtype)
 
 

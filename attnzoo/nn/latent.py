@@ -13,7 +13,7 @@ from attnzoo.core.cache import LayerCache, append, cached_attention, init_cache
 from attnzoo.core.masks import Causal
 from attnzoo.core.positions import Positions, RoPE
 from attnzoo.nn.linear import Names, dropout, dropout_arguments, linear
-from attnzoo.nn.mixer import Mixer, both, on_grid
+from attnzoo.nn.mixer import Mixer, on_grid, with_own
 from attnzoo.nn.norms import norm
 
 
@@ -88,7 +88,7 @@ class LatentAttention(Mixer):
 
     def combined_mask(self, mask: Any) -> Any:
         """`mask` and, in a causal mixer, the causal one."""
-        return both(Causal() if self.causal else None, mask)
+        return with_own(Causal() if self.causal else None, mask)
 
     def rotate(self, x: Float[Array, "B T N H"], positions: Int[Array, "..."]) -> Float[Array, "B T N H"]:
         """x with its position applied, if this mixer has positions."""

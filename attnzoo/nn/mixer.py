@@ -50,7 +50,7 @@ class Mixer(nnx.Module):
         """(x, *, mask=None, positions=None) -> y [B, T, D]; or (y, carry) for a mixer that carries.
 
         mask: who may see whom, as `core.attention` takes it; combined with the causal mask that a mixer built
-            with causal=True adds itself.
+            with causal=True adds itself, or in its place (`core.masks.Instead`).
         positions: of the tokens, [T] or [B, T] (with a trailing axis for grids); 0, 1, ... by default.
         memory: [B, S, D], for a mixer that crosses. carry: for one that carries.
         """
@@ -132,6 +132,11 @@ def both(mask: Any, other: Any) -> Any:
     if mask is None or other is None:
         return other if mask is None else mask
     return as_mask(mask) & as_mask(other)
+
+
+def with_own(own: masks.Mask | None, mask: Any) -> Any:
+    """The mask of a call to a mixer that has one of its own: what both allow, or `mask` alone where it is `instead`."""
+    return mask if isinstance(mask, masks.Mask) and mask.instead else both(own, mask)
 
 
 def as_mask(mask: Any) -> masks.Mask:

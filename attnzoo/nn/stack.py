@@ -54,13 +54,19 @@ class Stack(nnx.Module):
         self.sizes = tuple(len(group) for group in groups)
         self.runs = nnx.List([group[0] if len(group) == 1 else _stacked(group) for group in groups])
 
-    def __call__(self, x: Float[Array, "B T D"], **kwargs: Any) -> Float[Array, "B T D"]:
-        """Options as in `Block.__call__`; masks and memories are shared by all layers."""
+    def __call__(self, x: Float[Array, "B T D"], carry: PyTree = None, **kwargs: Any) -> Float[Array, "B T D"]:
+        """Options as in `Block.__call__`; masks and memories are shared by all layers. carry: what the first is given."""
+        return self.through(lambda layer, x, carry: layer(x, carry, **kwargs), x, carry)
 
-        def call(layer: Block, x: Array, carry: PyTree, cache: PyTree) -> tuple[Array, PyTree, PyTree]:
-            return *layer(x, carry, **kwargs), cache
+    def through(
+        self, call: Callable[[Any, Array, PyTree], tuple[Array, PyTree]], x: Float[Array, "B T D"], carry: PyTree = None
+    ) -> Float[Array, "B T D"]:
+        """x through all layers by a call of one's own: (layer, x, carry) -> (x, carry)."""
 
-        return self._run(call, x, [None] * len(self.sizes), training=True)[0]
+        def kept(layer: Block, x: Array, carry: PyTree, cache: PyTree) -> tuple[Array, PyTree, PyTree]:
+            return *call(layer, x, carry), cache
+
+        return self._run(kept, x, [None] * len(self.sizes), training=True, carry=carry)[0]
 
     def init_cache(self, batch: int, length: int, **kwargs: Any) -> list[PyTree]:
         """One cache per run of layers; options as in `Block.init_cache`."""
@@ -97,9 +103,10 @@ class Stack(nnx.Module):
             for size, run, cache in zip(self.sizes, self.runs, caches, strict=True)
         ]
 
-    def _run(self, call: Call, x: Array, caches: list[PyTree], *, training: bool) -> tuple[Array, list[PyTree]]:
+    def _run(
+        self, call: Call, x: Array, caches: list[PyTree], *, training: bool, carry: PyTree = None
+    ) -> tuple[Array, list[PyTree]]:
         """Applies `call` to every layer; only training rematerialises and keeps what layers wrote."""
-        carry: PyTree = None
         out = []
         for size, run, cache in zip(self.sizes, self.runs, caches, strict=True):
             if size == 1 and (self.remat == "none" or not training):
@@ -186,7 +193,7 @@ def _check_carry(body: Callable, state: tuple[Array, PyTree], layer_states: tupl
         return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(leaf.shape)}", tree)
 
     before, after = described(state[1]), described(carry)
-    if before != after:
+    if jax.tree.flatten(before) != jax.tree.flatten(after):  # nodes may not compare by value
         raise ValueError(
             f"scan: the carry of these layers changes from {before} to {after}, and a scan needs every layer "
             "to return what it was given; build with scan_layers=False"

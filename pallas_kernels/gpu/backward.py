@@ -54,7 +54,7 @@ def queries_gradient(
 ) -> tuple[Any, dict[int, Any]]:
     """dq, and the gradients of the score's operands that are not columns, each ``[B, N, ...]`` as laid out; those of cells are
     written in visited tiles only. norm, delta: float32 ``[B, N, T]``; norm is +inf in rows that saw nothing."""
-    queries, width, value_width = x.q.shape[1], x.q.shape[-1], x.v.shape[-1]
+    queries = x.q.shape[1]
     piece = piece_of(x, plain=p.score is None)
     swizzle = 2 * piece
     mine = [n for n, f in enumerate(p.score_layouts) if p.differentiable[n] and f.form != "column"]
@@ -84,16 +84,7 @@ def queries_gradient(
             jax.ShapeDtypeStruct(x.q.shape, x.q.dtype),
             *(jax.ShapeDtypeStruct((p.batch, p.heads, *shape), jnp.float32) for shape in shapes),
         ],
-        scratch=[
-            shared((COMPUTING, ROWS, width), x.q.dtype, swizzle),
-            shared((COMPUTING, ROWS, value_width), x.v.dtype, swizzle),
-            shared((slots, p.block_k, width), x.k.dtype, swizzle),
-            shared((slots, p.block_k, value_width), x.v.dtype, swizzle),
-            plgpu.Barrier(num_barriers=COMPUTING),
-            plgpu.Barrier(num_barriers=COMPUTING),
-            *barriers(slots, COMPUTING),
-            *barriers(slots, COMPUTING),
-        ],
+        scratch=_buffers(x, slots, p.block_k, swizzle),
     )
     return outs[0], dict(zip(mine, outs[1:], strict=True))
 
@@ -171,11 +162,27 @@ def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, minor: Any
         drain(rings, length)
 
 
+def _buffers(x: Inputs, slots: int, block: int, swizzle: int) -> list[Any]:
+    """Of either kernel: the two tiles that a warpgroup keeps (q and do, or k and v), rings of the other two in tiles of `block`
+    rows, and their barriers. All have one dtype."""
+    width, value_width = x.q.shape[-1], x.v.shape[-1]
+    return [
+        shared((COMPUTING, ROWS, width), x.q.dtype, swizzle),
+        shared((COMPUTING, ROWS, value_width), x.v.dtype, swizzle),
+        shared((slots, block, width), x.k.dtype, swizzle),
+        shared((slots, block, value_width), x.v.dtype, swizzle),
+        plgpu.Barrier(num_barriers=COMPUTING),
+        plgpu.Barrier(num_barriers=COMPUTING),
+        *barriers(slots, COMPUTING),
+        *barriers(slots, COMPUTING),
+    ]
+
+
 def keys_gradient(
     p: Problem, tiles: Tiles, x: Inputs, d_out: Any, norm: Any, delta: Any, slots: int
 ) -> tuple[Any, Any, dict[int, Any]]:
     """dk, dv, and the gradients of the score's column operands ``[B, N, 1, S]``. tiles: lists by columns of tiles."""
-    keys, width, value_width = x.k.shape[1], x.k.shape[-1], x.v.shape[-1]
+    keys = x.k.shape[1]
     piece = piece_of(x, plain=p.score is None and p.mask is None)
     swizzle = 2 * piece
     mine = [n for n, f in enumerate(p.score_layouts) if p.differentiable[n] and f.form == "column"]
@@ -193,16 +200,7 @@ def keys_gradient(
             jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
             *(jax.ShapeDtypeStruct((p.batch, p.heads, 1, keys), jnp.float32) for _ in mine),
         ],
-        scratch=[
-            shared((COMPUTING, ROWS, width), x.k.dtype, swizzle),
-            shared((COMPUTING, ROWS, value_width), x.v.dtype, swizzle),
-            shared((slots, p.block_q, width), x.q.dtype, swizzle),
-            shared((slots, p.block_q, value_width), x.v.dtype, swizzle),
-            plgpu.Barrier(num_barriers=COMPUTING),
-            plgpu.Barrier(num_barriers=COMPUTING),
-            *barriers(slots, COMPUTING),
-            *barriers(slots, COMPUTING),
-        ],
+        scratch=_buffers(x, slots, p.block_q, swizzle),
     )
     return outs[0], outs[1], dict(zip(mine, outs[2:], strict=True))
 

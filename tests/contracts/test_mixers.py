@@ -14,7 +14,7 @@ from flax.core.spmd import logical_axis_rules
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnzoo import catalog
-from attnzoo.core.masks import Lengths, Segments
+from attnzoo.core.masks import Causal, Instead, Lengths, Prefix, Segments
 from attnzoo.models.factory import make_mixer
 from attnzoo.nn.linear import axis_names
 from attnzoo.nn.mixer import Mixer
@@ -84,8 +84,8 @@ def run(model, x, mask=None, memory=None):
 
 
 @nnx.jit
-def prefill(model, x, cache, lengths=None):
-    return model.prefill(x, cache, lengths=lengths)
+def prefill(model, x, cache, lengths=None, mask=None):
+    return model.prefill(x, cache, lengths=lengths, mask=mask)
 
 
 @nnx.jit
@@ -182,6 +182,21 @@ def test_steps_equal_prefill_equal_full(key):
             y, cache = step(model, x[:, t : t + 1], cache)
             outputs.append(y)
         np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), full, atol=STEPWISE, rtol=STEPWISE)
+
+
+@having(bidirectional=True)
+def test_a_mask_may_stand_in_place_of_the_causal_one(key):
+    """A causal mixer reads a prefix both ways; the mask alone, beside the causal one, changes nothing."""
+    model, x = tower(key), tokens()
+    prefixes = Causal() | Prefix(jnp.array([3, 5]))
+    y = run(model, x, Instead(prefixes))
+    np.testing.assert_allclose(run(model, x, prefixes), run(model, x), atol=COMPILED, rtol=COMPILED)
+    assert (abs(run(model, x.at[:, 2].set(0.0), Instead(prefixes)) - y)[:, 0].max(-1) > 1e-4).all()
+    np.testing.assert_array_equal(run(model, x.at[:, 5:].set(0.0), Instead(prefixes))[:, :5], y[:, :5])
+    if MIXERS[key].decodes:
+        first, cache = prefill(model, x[:, : T - 1], model.init_cache(B, T), None, Instead(prefixes))
+        last, _ = step(model, x[:, T - 1 :], cache)
+        np.testing.assert_allclose(jnp.concatenate([first, last], axis=1), y, atol=STEPWISE, rtol=STEPWISE)
 
 
 @having(decodes=True, padding_invariant=True)

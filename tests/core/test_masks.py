@@ -14,6 +14,7 @@ from attnzoo.core.masks import (
     Causal,
     Dilated,
     Function,
+    Instead,
     Lengths,
     Neighborhood,
     Prefix,
@@ -45,6 +46,7 @@ PICTURES = {
     "neighborhood": (Neighborhood((4,), 3), "xxx.\nxxx.\n.xxx\n.xxx"),
     "grid": (Neighborhood((2, 2), (2, 1)), "x.x.\n.x.x\nx.x.\n.x.x"),
     "none": (~Prefix(4), "....\n....\n....\n...."),
+    "instead": (Instead(Causal() | Prefix(2)), "xx..\nxx..\nxxx.\nxxxx"),
     "own": (Function(lambda b, h, q, k: (q + k) % 3 == 0), "x..x\n..x.\n.x..\nx..x"),
 }
 
@@ -57,6 +59,9 @@ def test_pictures(name):
 
 def test_they_print_as_they_are_written():
     assert repr(Causal() & SlidingWindow(4096) | Prefix(512)) == "Causal() & SlidingWindow(4096) | Prefix(512)"
+    assert repr(Instead(Causal())) == "Instead(Causal())"
+    assert (Lengths(np.array([3])) & (Sinks(1) | Instead(Causal()))).instead
+    assert not (Causal() | Prefix(2)).instead
     assert repr((Causal() | Sinks(4)) & ~Dilated(2)) == "(Causal() | Sinks(4)) & ~Dilated(2)"
     assert repr(~(Causal(2) & Lengths(np.ones(2)))) == "~(Causal(offset=2) & Lengths(...))"
     assert repr(Neighborhood((8, 8), 3)) == "Neighborhood((8, 8), (3, 3))"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnzoo.core.masks import Segments
+from attnzoo.core.masks import Causal, Instead, Prefix, Segments
+from attnzoo.models.decoding import greedy
 from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.nn.linear import parameter_count
 
@@ -138,3 +139,26 @@ def test_configurations_can_be_compared_and_hashed():
     one, other = (LMConfig(**SIZES, mixer_args={"num_kv_heads": 1}) for _ in range(2))
     assert one == other
     assert hash(one) == hash(other)
+
+
+def test_a_prefix_language_model():
+    """Prefixes of a causal model's rows are read both ways, in one call and in decoding."""
+    model = build()
+    mask = Instead(Causal() | Prefix(jnp.array([2, 5])))
+    full = run(model, TOKENS, mask=mask)
+    other = run(model, TOKENS.at[:, 1].add(1), mask=mask)
+    assert (abs(other - full)[:, 0].max(-1) > 1e-4).all()
+    np.testing.assert_array_equal(run(model, TOKENS.at[:, 5].add(1), mask=mask)[:, :5], full[:, :5])
+    y, cache = model.prefill(TOKENS[:, :7], model.init_cache(2, 8), mask=mask)
+    last, _ = step(model, TOKENS[:, 7:], cache)
+    np.testing.assert_allclose(jnp.concatenate([y, last], axis=1), full, atol=1e-4)
+    made = greedy(model, TOKENS, max_new=2, mask=mask)
+    np.testing.assert_array_equal(made.tokens[:, 0], full[:, -1].argmax(-1))
+    longer = run(model, jnp.concatenate([TOKENS, made.tokens[:, :1]], 1), mask=mask)
+    np.testing.assert_array_equal(made.tokens[:, 1], longer[:, -1].argmax(-1))
+
+
+def test_a_sequence_longer_than_the_table_of_positions():
+    """Also where nothing but the shape is known."""
+    with pytest.raises(ValueError, match="positions: 0 to 7, but the table was built for length=6"):
+        run(build(positions="learned", max_length=6), TOKENS)

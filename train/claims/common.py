@@ -150,7 +150,7 @@ class RowClassifier(nnx.Module):
 
     def tokens(self, images: Float[Array, "B T width"]) -> Float[Array, "B T D"]:
         """What the first layer is given."""
-        return self.embed(images) + self.positions(jnp.arange(images.shape[1]))
+        return self.embed(images) + self.positions(np.arange(images.shape[1]))
 
     def __call__(self, images: Float[Array, "B T width"]) -> Float[Array, "B classes"]:
         x = self.layers(self.tokens(images))

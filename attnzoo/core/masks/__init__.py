@@ -6,7 +6,7 @@ Causal() & SlidingWindow(4096) | Prefix(512)
 """
 
 from attnzoo.core.blocks import BlockMap
-from attnzoo.core.masks.base import And, Mask, Not, Or, mask
+from attnzoo.core.masks.base import And, Instead, Mask, Not, Or, mask
 from attnzoo.core.masks.folded import Folded
 from attnzoo.core.masks.function import Function
 from attnzoo.core.masks.grid import Neighborhood
@@ -25,6 +25,7 @@ __all__ = [
     "Folded",
     "Function",
     "HubSegmentMask",
+    "Instead",
     "Lengths",
     "Mask",
     "Neighborhood",

@@ -40,6 +40,11 @@ class Mask:
         """Whether nothing is known of it but its cells, so that without asking them every tile counts as partial."""
         return False
 
+    @property
+    def instead(self) -> bool:
+        """Whether it stands in place of the mask that a mixer adds itself (a causal one, say), rather than beside it."""
+        return False
+
     def tile_states(self, g: Geometry, block_q: int, block_k: int) -> Any:
         """Conservative tile states ``[B|1, N|1, nq, nk]`` for when cells are too many to ask; never hides a visible cell."""
         runs = self.intervals(g)
@@ -115,6 +120,10 @@ class And(Mask):
     def opaque(self) -> bool:
         return self.a.opaque and self.b.opaque
 
+    @property
+    def instead(self) -> bool:
+        return self.a.instead or self.b.instead
+
     def bind(self, g: Geometry) -> Bound:
         return _both(self.a.bind(g), self.b.bind(g), lambda x, y: x & y)
 
@@ -143,6 +152,10 @@ class Or(Mask):
     @property
     def opaque(self) -> bool:
         return self.a.opaque or self.b.opaque
+
+    @property
+    def instead(self) -> bool:
+        return self.a.instead or self.b.instead
 
     def bind(self, g: Geometry) -> Bound:
         return _both(self.a.bind(g), self.b.bind(g), lambda x, y: x | y)
@@ -185,6 +198,36 @@ class Not(Mask):
 
     def __repr__(self) -> str:
         return f"~({self.a})" if isinstance(self.a, And | Or) else f"~{self.a}"
+
+
+@mask(leaves=("a",))
+class Instead(Mask):
+    """The same cells, in place of the mask that a mixer adds itself: what a causal model sees is ``a`` alone.
+
+    Also as a part of ``&`` and ``|``. ``Instead(Causal() | Prefix(n))`` makes a causal language model a prefix one.
+    """
+
+    a: Mask
+
+    @property
+    def opaque(self) -> bool:
+        return self.a.opaque
+
+    @property
+    def instead(self) -> bool:
+        return True
+
+    def bind(self, g: Geometry) -> Bound:
+        return self.a.bind(g)
+
+    def intervals(self, g: Geometry) -> Intervals | None:
+        return self.a.intervals(g)
+
+    def tile_states(self, g: Geometry, block_q: int, block_k: int) -> Any:
+        return self.a.tile_states(g, block_q, block_k)
+
+    def __repr__(self) -> str:
+        return f"Instead({self.a})"
 
 
 def _both(a: Bound, b: Bound, join: Callable[[Any, Any], Any]) -> Bound:

@@ -20,13 +20,16 @@ Prefix contracts by |I - (eta / n) XᵀX| on the span of the examples; causal by
 but its matrix is triangular and far from normal, so errors may grow first.
 
 Costs: both masks take the same pairs up to the n² of the examples; decoding is that of a causal model, once the prefix was
-read in one call.
+read in one call (a causal model takes `PrefixLMMask` in its calls and in prefill). Layers go through the attention engine, so
+they are quadratic, although without a softmax they need not be.
 
 Construction and recursions follow the paper and its code; the code's softmax variant has logits -|q - k|² / 2 instead of
 q·k, which `rbf_key_bias` gives.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,15 +37,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnzoo.core.masks import Causal, Mask, Prefix
+from attnzoo.core.masks import Causal, Instead, Mask, Prefix
 from attnzoo.core.weights import Elementwise
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
 
 def PrefixLMMask(prefix_len: int | Int[Array, "B"]) -> Mask:
-    """The first prefix_len positions are visible to all, the rest is causal: ``Causal() | Prefix(prefix_len)``."""
-    return Causal() | Prefix(prefix_len)
+    """The first prefix_len positions are visible to all, the rest is causal: ``Causal() | Prefix(prefix_len)``.
+
+    As `Instead`: a causal model takes it in place of its own mask.
+    """
+    return Instead(Causal() | Prefix(prefix_len))
 
 
 def ICLPrefixMask(n: int | Int[Array, "B"]) -> Mask:
@@ -79,7 +85,12 @@ class LSAWeights(NamedTuple):
 
 
 def lsa_gd_weights(d: int, n: int, eta: float = 1.0) -> LSAWeights:
-    """The weights with which a layer of one head does a step of gradient descent: K, K, V, and -(eta / n) I."""
+    """The weights with which a layer of one head does a step of gradient descent: K, K, V, and -(eta / n) I.
+
+    Raises ValueError unless d and n are at least 1.
+    """
+    if d < 1 or n < 1:
+        raise ValueError(f"d, n: must be at least 1, got {d} and {n}")
     inputs = jnp.diag(jnp.append(jnp.ones(d), 0.0))
     whole = jnp.eye(d + 1)
     return LSAWeights(inputs, inputs, whole - inputs, -eta / n * whole)
@@ -96,20 +107,32 @@ def gradient_descent_layer(d: int, n: int, eta: float = 1.0) -> LinearSelfAttent
 
 
 def icl_tokens(x: Float[Array, "*B n d"], y: Float[Array, "*B n"], queries: Float[Array, "*B m d"]) -> Float[Array, "..."]:
-    """z [*B, n + m, d + 1]: the examples with their y, the queries with 0."""
-    if y.shape != x.shape[:-1] or queries.shape[:-2] + queries.shape[-1:] != x.shape[:-2] + x.shape[-1:]:
-        raise ValueError(
-            f"x, y, queries: needed are [..., n, d], [..., n] and [..., m, d], got {x.shape}, {y.shape}, {queries.shape}"
-        )
-    x, y, queries = (jnp.asarray(a) for a in (x, y, queries))
+    """z [*B, n + m, d + 1]: the examples with their y, the queries with 0; as floats, of one dtype."""
+    x, y, queries = _problem(x, y, queries)
     targets = jnp.concatenate([y, jnp.zeros(queries.shape[:-1], y.dtype)], -1)
     return jnp.concatenate([jnp.concatenate([x, queries], -2), targets[..., None]], -1)
+
+
+def _problem(x: Array, y: Array, queries: Array | None = None) -> tuple[Array, ...]:
+    """The arrays as floats of one dtype, float32 or wider, after a look at their shapes."""
+    fits = x.ndim >= 2 and x.shape[-2] >= 1 and y.shape == x.shape[:-1]
+    if queries is not None:
+        fits = fits and queries.shape[:-2] + queries.shape[-1:] == x.shape[:-2] + x.shape[-1:]
+    arrays = [x, y] if queries is None else [x, y, queries]
+    if not fits:
+        raise ValueError(
+            "x, y, queries: needed are [..., n, d], [..., n] and [..., m, d] with n at least 1, got "
+            + ", ".join(str(a.shape) for a in arrays)
+        )
+    dtype = jnp.result_type(*arrays, jnp.float32)
+    return tuple(jnp.asarray(a, dtype) for a in arrays)
 
 
 def prefix_icl_recursion(
     x: Float[Array, "*B n d"], y: Float[Array, "*B n"], steps: int, eta: float = 1.0
 ) -> Float[Array, "L *B d"]:
     """w after each of `steps` prefix layers, from w = 0: gradient descent on all examples."""
+    x, y = _problem(x, y)
 
     def step(w: Array, _: None) -> tuple[Array, Array]:
         residual = y - jnp.einsum("...nd,...d->...n", x, w)
@@ -123,22 +146,30 @@ def causal_icl_recursion(
     x: Float[Array, "*B n d"], y: Float[Array, "*B n"], steps: int, eta: float = 1.0
 ) -> Float[Array, "L *B n d"]:
     """w_1, ..., w_n after each of `steps` causal layers, from 0: example i is corrected by its own w_i. Queries use w_n."""
+    return _causal_recursion(x, y, steps, eta, lambda w: w)
+
+
+def _causal_recursion(x: Array, y: Array, steps: int, eta: float, keep: Callable[[Array], Array]) -> Array:
+    """What `keep` takes of w_1, ..., w_n after each layer."""
+    x, y = _problem(x, y)
 
     def step(w: Array, _: None) -> tuple[Array, Array]:
         residual = y - jnp.einsum("...nd,...nd->...n", x, w)
         w = w + eta / x.shape[-2] * jnp.cumsum(residual[..., None] * x, -2)
-        return w, w
+        return w, keep(w)
 
     return jax.lax.scan(step, jnp.zeros_like(x), None, length=steps)[1]
 
 
 def prefix_stationary(x: Float[Array, "*B n d"], y: Float[Array, "*B n"]) -> Float[Array, "*B d"]:
     """Where prefix layers lead: least squares, of least norm where there are fewer examples than dimensions."""
+    x, y = _problem(x, y)
     return jnp.einsum("...dn,...n->...d", jnp.linalg.pinv(x), y)
 
 
 def causal_stationary(x: Float[Array, "*B n d"], y: Float[Array, "*B n"]) -> Float[Array, "*B n d"]:
     """Where causal layers lead: w_1, ..., w_n of one pass of online learning with steps 1 / |x_j|² (Kaczmarz)."""
+    x, y = _problem(x, y)
 
     def step(w: Array, example: tuple[Array, Array]) -> tuple[Array, Array]:
         x, y = example
@@ -162,8 +193,8 @@ class ICLGap:
 
     @property
     def ratio(self) -> float:
-        """How many times as large the causal error is."""
-        return self.causal / self.prefix
+        """How many times as large the causal error is; infinite where a prefix leaves none."""
+        return self.causal / self.prefix if self.prefix else math.inf
 
     def plot(self, ax: Any) -> Any:
         """The errors over layers on matplotlib axes, with their limits dotted; returns the axes."""
@@ -191,7 +222,7 @@ def icl_gap(
     """
     if targets.shape != queries.shape[:-1]:
         raise ValueError(f"targets: queries {queries.shape} need {queries.shape[:-1]}, got {targets.shape}")
-    icl_tokens(x, y, queries)  # checks the shapes
+    x, y, queries = _problem(x, y, queries)
 
     def error(w: Array) -> Array:
         return ((jnp.einsum("...md,...d->...m", queries, w) - targets) ** 2).mean(range(-targets.ndim, 0))
@@ -200,16 +231,18 @@ def icl_gap(
         float(error(prefix_stationary(x, y))),
         float(error(causal_stationary(x, y)[..., -1, :])),
         error(prefix_icl_recursion(x, y, steps, eta)),
-        error(causal_icl_recursion(x, y, steps, eta)[..., -1, :]),
+        error(_causal_recursion(x, y, steps, eta, lambda w: w[..., -1, :])),
     )
 
 
-def rbf_key_bias(k: Float[Array, "*B S K H"], num_heads: int, scale: float | None = None) -> Float[Array, "*B N 1 S"]:
+def rbf_key_bias(k: Float[Array, "*B S K H"], num_heads: int) -> Float[Array, "*B N 1 S"]:
     """The `bias=` that makes softmax attention weigh by distance: softmax(-|q' - k|² / 2) with q' = scale · q.
 
-    It is -|k|² / 2: the -|q'|² / 2 that is missing is the same for all keys. scale: as given to `attention`, which
-    multiplies q·k by it; H^-0.5 by default there. num_heads: N, of the queries.
+    It is -|k|² / 2: the -|q'|² / 2 that is missing is the same for all keys. scale is what `attention` multiplies q·k by,
+    H^-0.5 by default. num_heads: N, of the queries. Raises ValueError unless K divides it.
     """
+    if num_heads < 1 or num_heads % k.shape[-2]:
+        raise ValueError(f"num_heads: must be a multiple of the {k.shape[-2]} heads of k {k.shape}, got {num_heads}")
     bias = -0.5 * (k.astype(jnp.float32) ** 2).sum(-1)
     return jnp.repeat(jnp.moveaxis(bias, -1, -2), num_heads // k.shape[-2], -2)[..., None, :]
 

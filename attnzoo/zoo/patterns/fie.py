@@ -7,7 +7,7 @@ join the encoder's input: in every layer they read all passages, and every passa
     X_p' = Layer(q = X_p, kv = [G ; X_p])                       the same weights; both read what the layer was given
 
 So evidence from all passages meets early, without a decoder. On the flat sequence [G | X_1 | ... | X_P] it is one
-attention whose mask is a `HubSegmentMask` with G as its hubs (`FusionMask`); `fused_attention` computes the two lines
+attention whose mask is a `HubSegmentMask` with G as its hubs (`FusionMask`); `fusion_attention` computes the two lines
 instead. Positions count from 0 in every passage, global tokens have none: passages are exchangeable.
 
 Spans of all passages compete in one softmax (§3.2). For i <= j < i + Lmax outside the question and the padding
@@ -30,14 +30,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from attnzoo.core.attention import attention
-from attnzoo.core.cells import Known
+from attnzoo.core.cells import Known, concrete
 from attnzoo.core.masks import HubSegmentMask, Lengths
 from attnzoo.core.weights import softmax_rows
 from attnzoo.nn.block import Block
 from attnzoo.nn.embed import Embed, LearnedPositions
 from attnzoo.nn.feed_forward import feed_forward
-from attnzoo.nn.linear import linear, named
+from attnzoo.nn.linear import dropout, dropout_arguments, linear, named
 from attnzoo.nn.norms import norm
+from attnzoo.nn.stack import Stack
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
@@ -60,51 +61,61 @@ def passage_ids(lengths: Int[Known, "B P"], length: int) -> Int[Known, "B P*S"]:
     return ids.reshape(len(lengths), -1).astype(np.int32)
 
 
-def fused_attention(
+def fusion_attention(
     mixer: GroupedQueryAttention, x: Float[Array, "B T D"], lengths: Int[Known, "B P"], n_global: int
 ) -> Float[Array, "B T D"]:
     """`mixer` over [G | X_1 | ... | X_P] under `FusionMask`, without its (g + ΣS)² logits.
 
-    x: T = g + P·S tokens. lengths: real tokens of every right-padded passage.
+    x: T = g + P·S tokens. lengths: real tokens of every right-padded passage. mixer: its head outputs are merged, and its
+    weights dropped, as it does itself; one that is causal or rotates by position is refused with a ValueError, since the
+    flat sequence has no such order.
     """
+    if mixer.causal or mixer.positions is not None:
+        raise ValueError(
+            "mixer: tokens of a flat sequence of passages have no common order; build with causal=False and positions=None, "
+            f"this has causal={mixer.causal} and {mixer.positions}"
+        )
     (batch, passages), g = lengths.shape, n_global
+    if passages < 1 or not 0 <= g < x.shape[1] or (x.shape[1] - g) % passages:
+        raise ValueError(
+            f"x, lengths, n_global: needed are T = g + P S tokens of at least one passage, got x {x.shape}, lengths "
+            f"{lengths.shape} and n_global={g}"
+        )
     q, k, v = mixer.qkv(x)
     apart = (batch, passages, (x.shape[1] - g) // passages)
+
+    def attend(q: Array, k: Array, v: Array, mask: Any) -> Array:
+        options = {**mixer.attention_arguments(), **dropout_arguments(mixer.dropout)}
+        return attention(q, k, v, mask=mask, **options)
 
     def with_globals(y: Array) -> Array:
         ours = jnp.broadcast_to(y[:, None, :g], (batch, passages, g, *y.shape[2:]))
         return jnp.concatenate([ours, y[:, g:].reshape(*apart, *y.shape[2:])], 2)
 
     real: Any = lengths.reshape(-1)
-    o = attention(
-        q[:, g:].reshape(*apart, *q.shape[2:]),
-        with_globals(k),
-        with_globals(v),
-        mask=Lengths(real + g, real),
-        **mixer.attention_arguments(),
-    )
+    o = attend(q[:, g:].reshape(*apart, *q.shape[2:]), with_globals(k), with_globals(v), Lengths(real + g, real))
     o = o.reshape(batch, -1, *o.shape[3:])
     if g:
         everything = FusionMask(passage_ids(lengths, apart[2]), g).segments
         hubs = HubSegmentMask(np.full(g, -1, np.int32), everything)
-        of_globals = attention(q[:, :g], k, v, mask=hubs, **mixer.attention_arguments())
-        o = jnp.concatenate([of_globals, o], 1)
-    return mixer.out(o)
+        o = jnp.concatenate([attend(q[:, :g], k, v, hubs), o], 1)
+    return mixer.merge(o, x)
 
 
 class FusionBlock(Block):
     """A Transformer layer over [G | X_1 | ... | X_P]; called plainly it takes `mask=FusionMask(...)`."""
 
     def fuse(self, x: Float[Array, "B T D"], lengths: Int[Known, "B P"], n_global: int) -> Float[Array, "B T D"]:
-        """The same layer by `fused_attention`."""
+        """The same layer by `fusion_attention`."""
         mixer: Any = self.mixer
-        return self._layer(x, lambda h: (fused_attention(mixer, h, lengths, n_global), None), None)[0]
+        return self._layer(x, lambda h: (fusion_attention(mixer, h, lengths, n_global), None), None)[0]
 
 
 class FiEEncoder(nnx.Module):
     """Passages [B, P, S] of tokens -> (global tokens [B, g, D], passages [B, P, S, D]); pre-norm.
 
     n_global: g; with 0 every passage is encoded alone. max_length: the longest passage.
+    dropout_rate: of embeddings and of what each part adds. scan_layers, remat: as in `nn.stack.Stack`.
     dtype, param_dtype: of the computation and of the parameters.
     """
 
@@ -118,6 +129,9 @@ class FiEEncoder(nnx.Module):
         n_global: int = 10,
         max_length: int = 512,
         mlp_dim: int | None = None,
+        dropout_rate: float = 0.0,
+        scan_layers: bool = False,
+        remat: str = "none",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -129,38 +143,40 @@ class FiEEncoder(nnx.Module):
         self.positions = LearnedPositions(max_length, dim, **options)
         start = nnx.initializers.normal(0.02)(rngs.params(), (n_global, dim), param_dtype)
         self.globals = nnx.Param(start, **named(None, "embed"))
-        self.layers = nnx.List(
-            FusionBlock(
+        self.dropout = dropout(dropout_rate, rngs)
+
+        def layer(_: int) -> FusionBlock:
+            return FusionBlock(
                 dim,
                 GroupedQueryAttention(dim, num_heads, use_bias=True, **options),
                 feed_forward("gelu", dim, mlp_dim, use_bias=True, **options),
                 norm="layer",
+                dropout_rate=dropout_rate,
                 **options,
             )
-            for _ in range(num_layers)
-        )
+
+        self.layers = Stack(layer, num_layers, scan=scan_layers, remat=remat)
         self.norm = norm("layer", dim, **options)
 
     def flat(self, passages: Int[Array, "B P S"]) -> Float[Array, "B T D"]:
         """What the first layer is given: [G | X_1 | ... | X_P]."""
-        x = self.embed(passages) + self.positions(jnp.arange(passages.shape[-1]))
+        x = self.embed(passages) + self.positions(np.arange(passages.shape[-1]))
         batch, width = len(passages), x.shape[-1]
         ours = jnp.broadcast_to(self.globals[...].astype(x.dtype), (batch, *self.globals.shape))
-        return jnp.concatenate([ours, x.reshape(batch, -1, width)], 1)
+        return self.dropout(jnp.concatenate([ours, x.reshape(batch, -1, width)], 1))
 
     def __call__(
         self, passages: Int[Array, "B P S"], lengths: Int[Known, "B P"] | None = None
     ) -> tuple[Float[Array, "B g D"], Float[Array, "B P S D"]]:
         """lengths: real tokens of every right-padded passage, all by default."""
-        if passages.ndim != 3 or (lengths is not None and lengths.shape != passages.shape[:2]):
+        if passages.ndim != 3 or not passages.shape[1] or (lengths is not None and lengths.shape != passages.shape[:2]):
             got = f"passages {passages.shape}" + ("" if lengths is None else f" and lengths {lengths.shape}")
-            raise ValueError(f"passages, lengths: needed are [B, P, S] and [B, P], got {got}")
+            raise ValueError(f"passages, lengths: needed are [B, P, S] and [B, P] with P at least 1, got {got}")
         if lengths is None:
             lengths = np.full(passages.shape[:2], passages.shape[2], np.int32)
-        x, g = self.flat(passages), self.globals.shape[0]
-        for layer in self.layers:
-            x = layer.fuse(x, lengths, g)
-        x = self.norm(x)
+        g = self.globals.shape[0]
+        fused = self.layers.through(lambda layer, x, _: (layer.fuse(x, lengths, g), None), self.flat(passages))
+        x = self.norm(fused)
         return x[:, :g], x[:, g:].reshape(*passages.shape, -1)
 
 
@@ -183,8 +199,12 @@ class SpanScorer(nnx.Module):
         first, last = self.first(x), self.last(x)
         length = x.shape[-2]
         last = jnp.pad(last, ((0, 0), (0, 0), (0, self.max_length - 1), (0, 0)))
-        ends = jnp.stack([last[:, :, d : d + length] for d in range(self.max_length)], -2)
-        return self.out(jax.nn.gelu(first[..., None, :] + ends))[..., 0].astype(jnp.float32)
+
+        @jax.checkpoint  # else a gradient would keep [B, P, S, Lmax, D]
+        def scores(first: Array, last: Array) -> Array:
+            return self.out(jax.nn.gelu(first + last))[..., 0].astype(jnp.float32)
+
+        return jnp.stack([scores(first, last[:, :, d : d + length]) for d in range(self.max_length)], -1)
 
 
 def valid_spans(
@@ -227,10 +247,16 @@ def aggregate_spans(
 
     strings: a number below num_strings for every span, the same for equal (normalised) strings; -1 counts nowhere.
     top_k: only the most probable spans of a row count.
+
+    Raises ValueError for known strings at or above num_strings, and for a top_k of more spans than a row has.
     """
     if probabilities.shape != strings.shape:
         raise ValueError(f"strings: probabilities {probabilities.shape} need the same shape, got {strings.shape}")
+    if (known := concrete(strings)) is not None and known.size and known.max() >= num_strings:
+        raise ValueError(f"strings: numbers are below num_strings={num_strings}, got {known.max()}")
     p, ids = (x.reshape(len(x), -1) for x in (probabilities, strings))
+    if top_k is not None and not 1 <= top_k <= p.shape[1]:
+        raise ValueError(f"top_k: must be from 1 to the {p.shape[1]} spans of a row, got {top_k}")
     if top_k is not None:
         p, best = jax.lax.top_k(p, top_k)
         ids = jnp.take_along_axis(ids, best, 1)
@@ -253,7 +279,7 @@ PAPER = Paper(
     builds=(
         FusionMask,
         passage_ids,
-        fused_attention,
+        fusion_attention,
         FusionBlock,
         FiEEncoder,
         SpanScorer,

@@ -51,8 +51,10 @@ class SegmentBlockMask(Mask):
         the call. With positions (over a cache, say) the tokens must be consecutive: a block then ends as many
         positions after a query as it ends rows after it.
 
-    Padding is no segment: combine with `Lengths`. Raises ValueError for a number that comes back after a gap; inside
-    jit, where numbers are not known, each unbroken run of one number counts as a block of its own.
+    In a causal mixer it stands in place of the causal mask (`Mask.instead`). Padding is no segment: combine with `Lengths`.
+
+    Raises ValueError for a number that comes back after a gap; inside jit, where numbers are not known,
+    each unbroken run of one number counts as a block of its own.
     """
 
     segments: Int[Known, "*B T"]
@@ -62,6 +64,10 @@ class SegmentBlockMask(Mask):
         is_array = isinstance(self.segments, jax.Array | np.ndarray) and self.segments.ndim in (1, 2)
         if is_array and (seg := concrete(self.segments)) is not None:
             _check_unbroken(seg.reshape(-1, seg.shape[-1]))
+
+    @property
+    def instead(self) -> bool:
+        return True
 
     def _prefix(self, g: Geometry) -> PrefixEnd:
         shape = self.segments.shape
@@ -281,7 +287,7 @@ PAPER = Paper(
     code="transformers, shacharKZ/MAS-Segment-Based-Attention-Masking",
     parity="masking_utils.or_masks(causal_mask_function, blockwise_overlay(segments)) of transformers, cell by cell",
     notes=(
-        "In a mixer built with causal=True the causal mask would undo the blocks: build it with causal=False and give "
-        "this mask, and decode with prefill_segments."
+        "A causal model takes the mask as it is, also in prefill, where the blocks of a call's own tokens are given; "
+        "prefill_segments is the same for queries, keys and values."
     ),
 )

@@ -29,7 +29,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -87,20 +86,21 @@ class CandidateMask(Mask):
         return f"CandidateMask({self.mode!r})"
 
 
-def candidate_positions(segments: Int[Known, "*B T"]) -> Int[Array, "*B T"]:
-    """Positions in which every candidate follows the context directly; 0 for padding.
+def candidate_positions(segments: Int[Known, "*B T"]) -> Int[Known, "*B T"]:
+    """Positions in which every candidate follows the context directly; 0 for padding. numpy where segments are known.
 
     segments: as in `CandidateMask`, the context first and every candidate one run of tokens. Raises ValueError for
     others, where the numbers are known.
     """
-    if (known := concrete(segments)) is not None:
+    known = concrete(segments)
+    seg, xp = (segments, jnp) if known is None else (known, np)
+    if known is not None:
         _check_order(known)
-    seg = jnp.asarray(segments)
-    at = jnp.arange(seg.shape[-1])
-    first = jnp.concatenate([jnp.ones((*seg.shape[:-1], 1), bool), seg[..., 1:] != seg[..., :-1]], -1)
-    start = jax.lax.cummax(jnp.where(first, at, 0), axis=seg.ndim - 1)
+    at = np.arange(seg.shape[-1], dtype=np.int32)
+    first = xp.concatenate([xp.ones((*seg.shape[:-1], 1), bool), seg[..., 1:] != seg[..., :-1]], -1)
+    start = xp.maximum.accumulate(xp.where(first, at, 0), axis=-1)
     context = (seg == CONTEXT).sum(-1, keepdims=True)
-    return jnp.where(seg == PADDING, 0, at - start + jnp.where(seg >= 0, context, 0))
+    return xp.where(seg == PADDING, 0, at - start + xp.where(seg >= 0, context, 0)).astype(np.int32)
 
 
 def _check_order(segments: np.ndarray) -> None:
@@ -117,7 +117,13 @@ def _check_order(segments: np.ndarray) -> None:
 def candidate_means(
     x: Float[Array, "B T D"], segments: Int[Known, "*#B T"], num_candidates: int
 ) -> tuple[Float[Array, "B C D"], Int[Array, "#B C"]]:
-    """(mean of every candidate's tokens, how many it has); 0 for a candidate without any. The mean is float32."""
+    """(mean of every candidate's tokens, how many it has); 0 for a candidate without any. The mean is float32.
+
+    Raises ValueError where known segments hold a candidate that num_candidates leaves out.
+    """
+    if (known := concrete(segments)) is not None and known.size and known.max() >= num_candidates:
+        raise ValueError(f"num_candidates: segments go up to candidate {known.max()}, so at least {known.max() + 1} are "
+                         f"needed, got {num_candidates}")  # fmt: skip
     member = jnp.atleast_2d(segments)[:, None, :] == jnp.arange(num_candidates)[:, None]
     count = member.sum(-1)
     total = jnp.matmul(member.astype(x.dtype), x, preferred_element_type=jnp.float32)
@@ -178,9 +184,13 @@ PAPER = Paper(
         "tokens in linear maps": "T + C * R",
     },
     code="dll-wu/Uni-Encoder, transformers",
-    parity="transformers' BertModel with the mask as an additive array: last layer, scores and gradients to 1e-5",
+    parity=(
+        "transformers' BertModel (with hidden_act='gelu_new' and layer_norm_eps=1e-6, which are this library's) with the mask "
+        "as an additive array: last layer, scores and gradients to 1e-5"
+    ),
     notes=(
         'The mode "independent" is not in the paper. The masked-language-model head is the embedding table alone, without '
-        "BERT's dense layer before it. BERT's sizes are not defaults: any `EncoderConfig` builds."
+        "BERT's dense layer before it. Neither BERT's sizes nor its exact gelu and its 1e-12 in norms are defaults: any "
+        "`EncoderConfig` builds."
     ),
 )

@@ -40,7 +40,7 @@ from attnzoo.errors import unknown
 from attnzoo.nn.block import Block
 from attnzoo.nn.feed_forward import MLP
 from attnzoo.nn.linear import head_counts, named
-from attnzoo.nn.mixer import as_mask, both, on_grid
+from attnzoo.nn.mixer import as_mask, both, on_grid, with_own
 from attnzoo.paper import Paper
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention, check_memory_mask
 
@@ -190,7 +190,7 @@ class FoldingAttention(GroupedQueryAttention):
         return fold_tokens(x + self.subtoken_bias[...].reshape(-1).astype(x.dtype), self.factor)
 
     def _mask(self, mask: Any) -> Any:
-        tokens = both(self.own_mask, mask)
+        tokens = with_own(self.own_mask, mask)
         lifted = tokens if tokens is None or self.factor == 1 else Folded(as_mask(tokens), self.factor)
         return both(lifted, Causal() if self.strict_subtoken_causal else None)
 

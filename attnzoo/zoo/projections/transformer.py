@@ -27,7 +27,7 @@ from attnzoo.core.cache import EMPTY, LayerCache, append, cached_attention, init
 from attnzoo.core.masks import Causal
 from attnzoo.core.positions import PositionPlan, Positions, positions_for
 from attnzoo.nn.linear import QKV, default_init, dropout, dropout_arguments, merge_heads
-from attnzoo.nn.mixer import Mixer, both, on_grid, unshared
+from attnzoo.nn.mixer import Mixer, both, on_grid, unshared, with_own
 from attnzoo.paper import Paper
 
 
@@ -154,7 +154,7 @@ class GroupedQueryAttention(Mixer):
         return self.attention_arguments()
 
     def _mask(self, mask: Any) -> Any:
-        return both(Causal() if self.causal else None, mask)
+        return with_own(Causal() if self.causal else None, mask)
 
     def _check_memory(self) -> None:
         if self.causal or self.positions is not None:

@@ -36,7 +36,7 @@ from attnzoo.core.masks import Causal
 from attnzoo.core.positions import PositionPlan, Positions, positions_for
 from attnzoo.errors import unknown
 from attnzoo.nn.linear import QKV, dropout, dropout_arguments, linear, merge_heads, named
-from attnzoo.nn.mixer import Mixer, both, on_grid
+from attnzoo.nn.mixer import Mixer, on_grid, with_own
 from attnzoo.paper import Paper
 
 MODES = ("identity", "constant", "learnable", "sparse", "unet", "gated", "svformer", "neutreno")
@@ -147,7 +147,7 @@ class ValueResidualAttention(Mixer):
             self.lambdas = nnx.Param(jnp.asarray(pair, jnp.float32), **named(None)) if learned else pair
 
     def _mask(self, mask: Any) -> Any:
-        return both(Causal() if self.causal else None, mask)
+        return with_own(Causal() if self.causal else None, mask)
 
     def _rotate(self, x: Array, positions: Array) -> Array:
         return x if self.positions is None else self.positions.rotate(x, positions)

@@ -1,5 +1,6 @@
 """GraDe (arXiv 2507.18504): attention between the columns of a table along a graph of their dependencies."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from attnzoo.core.attention import attention
 from attnzoo.core.blocks import EMPTY, FULL, PARTIAL
 from attnzoo.core.cells import Geometry, all_cells
 from attnzoo.core.masks import Causal
+from attnzoo.core.positions import RoPE
 from attnzoo.models.grade import GraDeLM
 from attnzoo.models.lm import LMConfig
 from attnzoo.nn.linear import parameter_count
@@ -74,6 +76,7 @@ def test_graph_and_prior():
     assert {tuple(x) for x in np.argwhere(prior)} == {(1, 0), (1, 2), (0, 3), (2, 3)}  # row = dependent
     graph = FeatureGraph(M, prior, rank=3, rngs=nnx.Rngs(0))
     assert parameter_count(graph) == 2 * M * 3 + 1
+    assert FeatureGraph(M, dynamic=6, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)).update.kernel.dtype == jnp.bfloat16
     e1, e2 = graph.rows[...], graph.columns[...]
     graph.bias[...] = jnp.float32(0.4)
     np.testing.assert_allclose(graph(), jax.nn.sigmoid(e1 @ e2.T / 3**0.5 + 0.4), atol=1e-6)
@@ -149,6 +152,18 @@ def test_limits(qkv, graph, features):
     hard = attention(*qkv, mask=Causal() & FeatureGraphMask(edges, features))
     np.testing.assert_allclose(run(edges.astype(np.float32), eps=0.0), hard, atol=1e-6)
     assert abs(hard - plain).max() > 1e-2
+    gradient = jax.grad(lambda a: (run(a, eps=0.0) ** 2).sum())(edges.astype(np.float32))
+    assert np.isfinite(gradient).all() and abs(gradient[edges]).max() > 1e-3 and (gradient[~edges] == 0).all()
+
+    # The hard form: no gradient but that of the edges it keeps.
+    def kept(a):
+        edges = strongest_columns(a, 2)
+        mask = Causal() & FeatureGraphMask(edges > 0.5, features)
+        return attention(*qkv, mask=mask, score=GraphGuidedBias(edges, features))
+
+    gradient = jax.grad(lambda a: (kept(a) ** 2).sum())(jnp.asarray(graph))
+    best = np.asarray(strongest_columns(jnp.asarray(graph), 2)) > 0.5
+    assert (gradient[~best] == 0).all() and abs(gradient[best]).max() > 1e-3
 
 
 def test_bias_belongs_to_features_not_positions(graph, features):
@@ -179,6 +194,12 @@ def test_mask_and_tiles(graph, features, tile):
         traced = jax.jit(lambda mask: mask.block_map(T, batch=B, block_q=bq, block_k=bk).state)(mask)
         assert mask.block_map(T, batch=B, block_q=bq, block_k=bk).exact
         np.testing.assert_array_equal(traced, known)
+        # What no known features may be is clipped where they are traced, by cells and tiles alike.
+        outside = np.where(which < 0, -2, np.where(which == M - 1, M + 3, which))
+        cells_of = jax.jit(lambda mask: mask.dense(T, batch=B))
+        np.testing.assert_array_equal(cells_of(FeatureGraphMask(edges, outside)), cells_of(mask))
+        tiles = jax.jit(lambda mask: mask.block_map(T, batch=B, block_q=bq, block_k=bk).state)
+        np.testing.assert_array_equal(tiles(FeatureGraphMask(edges, outside)), known)
         for b, i, j in np.ndindex(B, *known.shape[2:]):
             cells = visible[b, i * bq : (i + 1) * bq, j * bk : (j + 1) * bk]
             by_cells = FULL if cells.all() else PARTIAL if cells.any() else EMPTY
@@ -222,6 +243,9 @@ def test_dependencies(rng):
     assert fd_violation(broken, ((0,), (2,))) == pytest.approx(3 / 500)
     assert fd_violation(table, ((1,), (3,))) > 0.5
     assert fd_violation(table, ((0, 4), (2, 5))) == 0
+    table[:, 1] = np.arange(500)  # determines everything, which says nothing
+    assert find_functional_dependencies(table) == found
+    assert len(find_functional_dependencies(table, min_support=1)) == len(found) + 5
 
 
 CONFIG = LMConfig(vocab_size=1 + M + VALUES, dim=16, num_layers=2, num_heads=2)
@@ -251,12 +275,47 @@ def test_model(rng):
 
 
 def test_samples_follow_the_model():
-    """A model whose readout always prefers one value writes that value everywhere."""
+    """A model whose readout prefers value i (mod 3) at the i-th name, and another anywhere else, writes these."""
     model = GraDeLM(CONFIG, FeatureGraph(M, rngs=nnx.Rngs(1)), rngs=nnx.Rngs(0))
-    wanted = jax.nn.one_hot(1 + M + 2, CONFIG.vocab_size) * 99.0
+    at = np.arange(T)
+    wanted = jax.nn.one_hot(1 + M + np.where(at % 2, at // 2, at // 2 + 1) % VALUES, CONFIG.vocab_size) * 99.0
     model.embed.attend = lambda x: jnp.broadcast_to(wanted, (*x.shape[:2], CONFIG.vocab_size))
-    made = model.sample(random_orders(jax.random.key(0), B, M), VALUES, jax.random.key(1))
-    np.testing.assert_array_equal(made, np.full((B, M), 2))
+    orders = random_orders(jax.random.key(0), B, M)
+    made = model.sample(orders, VALUES, jax.random.key(1))
+    np.testing.assert_array_equal(jnp.take_along_axis(made, orders, 1), [[0, 1, 2, 0]] * B)
+
+
+def test_config_and_layers(rng):
+    """The language model's options hold; layers drop, tell their weights and refuse to decode."""
+    table, orders = jnp.asarray(rng.integers(0, VALUES, (B, M))), random_orders(jax.random.key(0), B, M)
+    tokens, features = serialize_rows(table, orders)
+
+    def build(**options):
+        config = dataclasses.replace(CONFIG, num_layers=3, **options)
+        return GraDeLM(config, FeatureGraph(M, rngs=nnx.Rngs(1)), keep=2, rngs=nnx.Rngs(params=0, dropout=1))
+
+    run = nnx.jit(lambda model: model(tokens, features))
+    plain = run(build())
+    np.testing.assert_allclose(run(build(scan_layers=True, remat="full")), plain, atol=1e-5)
+    np.testing.assert_allclose(run(build(positions=RoPE())), plain, atol=1e-5)
+    assert abs(run(build(positions=RoPE(theta=3.0))) - plain).max() > 1e-3
+    assert hasattr(build(tie_embeddings=False).readout, "kernel")
+    for rates in ({"dropout_rate": 0.5}, {"mlp_dropout_rate": 0.5}, {"mixer_args": {"dropout_rate": 0.5}}):
+        model = build(**rates)
+        assert abs(run(model) - plain).max() > 1e-3
+        model.eval()
+        np.testing.assert_allclose(run(model), plain, atol=1e-5)
+
+    layer, bias = build().layers.runs[0].mixer, GraphGuidedBias(jnp.zeros((M, M)), features, eps=0.0)
+    x = jnp.asarray(rng.normal(size=(B, T, 16)), jnp.float32)
+    seen = layer.attention_weights(x, carry=bias) > 0
+    q, k = np.asarray(features)[:, :, None], np.asarray(features)[:, None]
+    free = (q == k) | (q < 0) | (k < 0)
+    np.testing.assert_array_equal(seen, np.broadcast_to((free & np.tri(T, dtype=bool))[:, None], seen.shape))
+    with pytest.raises(NotImplementedError, match="does not decode"):
+        layer.init_cache(B, T)
+    with pytest.raises(NotImplementedError, match="does not decode"):
+        layer.prefill(x, None)
 
 
 def test_bad_input(qkv, graph, features):
@@ -268,6 +327,14 @@ def test_bad_input(qkv, graph, features):
         (lambda: attention(*qkv, score=GraphGuidedBias(graph[:2], features)), r"graph has shape \(2, 4\)"),
         (lambda: grade_regularizer(jnp.asarray(graph), np.zeros((3, 3))), r"needs \(4, 4\), got \(3, 3\)"),
         (lambda: serialize_rows(jnp.zeros((2, 3), int), jnp.zeros((2, 4), int)), r"\(2, 3\) and \(2, 4\)"),
+        (lambda: serialize_rows(np.array([[0, -1]]), np.array([[1, 0]])), "table: values count from 0, got -1"),
+        (lambda: serialize_rows(np.array([[0, 1]]), np.array([[1, 1]])), "orders: every row must be a permutation of 0 to 1"),
+        (lambda: FeatureGraph(M, rank=0, rngs=nnx.Rngs(0)), "rank: must be at least 1, got 0"),
+        (lambda: GraphGuidedBias(graph, features, eps=-0.1), "eps must be at least 0, got -0.1"),
+        (lambda: FeatureGraphMask(graph > 0.5, features - 1).dense(T, batch=B), "0 to 3, or -1 for special.*got -2 to 2"),
+        (lambda: attention(*qkv, score=GraphGuidedBias(graph, features + 1)), "got 0 to 4"),
+        (lambda: find_functional_dependencies(np.zeros((0, 3), int)), r"R at least 1, got \(0, 3\)"),
+        (lambda: GraDeLM(CONFIG, FeatureGraph(M, dynamic=16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), "graph: a dynamic graph"),
     ]:
         with pytest.raises(ValueError, match=words):
             make()

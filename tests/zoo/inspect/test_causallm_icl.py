@@ -1,5 +1,7 @@
 """In-context regression by linear attention under a prefix and a causal mask (arXiv 2308.06912)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,7 @@ def test_recursions_are_the_written_sums(rng, kind, x64):
     for w in expected:
         q, k, v = (z @ weight for weight in weights[:3])
         z = z + ((q @ k.T) * visible) @ v @ weights[3]
-        np.testing.assert_allclose(-z[EXAMPLES:, -1], queries @ w[-1], atol=1e-7)
+        np.testing.assert_allclose(-z[EXAMPLES:, -1], queries @ w[-1], atol=1e-12)
 
 
 # --- where they lead -------------------------------------------------------------------------------------
@@ -130,6 +132,7 @@ def test_without_noise_only_prefix_is_exact(rng, x64):
         errors = queries @ (written_out(kind, x, y, LAYERS, 0.5)[:, -1].T) - (queries @ w)[:, None]
         np.testing.assert_allclose(by_layer, (errors**2).mean(0), rtol=1e-9)
     assert gap.ratio == gap.causal / gap.prefix
+    assert dataclasses.replace(gap, prefix=0.0).ratio == np.inf
 
 
 def test_plot(rng):
@@ -199,3 +202,17 @@ def test_bad_input(rng):
         icl_tokens(x, y, queries[:, 1:])
     with pytest.raises(ValueError, match=r"targets: queries \(5, 4\) need \(5,\), got \(4,\)"):
         icl_gap(x, y, queries, np.zeros(4))
+    for f in (lambda x, y: prefix_icl_recursion(x, y, 2), lambda x, y: causal_icl_recursion(x, y, 2), prefix_stationary,
+              causal_stationary):  # fmt: skip
+        with pytest.raises(ValueError, match=r"n at least 1, got \(12, 4\), \(11,\)"):
+            f(x, y[1:])
+        with pytest.raises(ValueError, match=r"n at least 1, got \(0, 4\), \(0,\)"):
+            f(x[:0], y[:0])
+        # Integers and mixed precisions are taken as floats.
+        whole = f(np.arange(12).reshape(3, 4), np.arange(3))
+        assert whole.dtype == jnp.float32
+        np.testing.assert_allclose(f(jnp.arange(12, dtype=jnp.bfloat16).reshape(3, 4), np.arange(3.0)), whole, rtol=1e-5)
+    with pytest.raises(ValueError, match="d, n: must be at least 1, got 4 and 0"):
+        lsa_gd_weights(4, 0)
+    with pytest.raises(ValueError, match="num_heads: must be a multiple of the 2 heads"):
+        rbf_key_bias(jnp.zeros((2, 7, 2, 4)), 3)

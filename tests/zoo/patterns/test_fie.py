@@ -11,16 +11,19 @@ from flax import nnx
 from attnzoo.core.blocks import EMPTY, FULL, PARTIAL
 from attnzoo.core.cells import Geometry
 from attnzoo.core.masks import HubSegmentMask
+from attnzoo.core.positions import RoPE
 from attnzoo.zoo.patterns.fie import (
     FiEEncoder,
     FusionMask,
     SpanScorer,
     aggregate_spans,
+    fusion_attention,
     global_span_probability,
     marginal_span_loss,
     passage_ids,
     valid_spans,
 )
+from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
 V, D, N, B, P, S, G = 11, 16, 2, 2, 3, 4, 2
 LENGTHS = np.array([[4, 2, 3], [1, 4, 4]], np.int32)
@@ -41,10 +44,7 @@ def encode(model, passages, lengths=None):
 @nnx.jit
 def encode_flat(model, passages, mask):
     """The same layers called plainly, on one sequence under a mask."""
-    x = model.flat(passages)
-    for layer in model.layers:
-        x, _ = layer(x, mask=mask)
-    x = model.norm(x)
+    x = model.norm(model.layers(model.flat(passages), mask=mask))
     g = model.globals.shape[0]
     return x[:, :g], x[:, g:].reshape(*passages.shape, -1)
 
@@ -112,6 +112,37 @@ def test_two_lines_are_the_masked_sequence(passages):
         np.testing.assert_allclose(a, b, atol=1e-5)
     for a, b in zip(my_gradients, their_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, abs(b).max()))
+
+
+def test_options_of_the_mixer(rng):
+    """Fewer kv heads, bfloat16, dropout of weights and a merge of its own, against the mixer under the mask."""
+
+    class Gated(GroupedQueryAttention):
+        def merge(self, o, x):
+            return self.out(o) * jax.nn.sigmoid(x)
+
+    x, mask = jnp.asarray(rng.normal(size=(B, G + P * S, D)), jnp.float32), FusionMask(passage_ids(LENGTHS, S), G)
+    real = np.concatenate([np.ones((B, G), bool), passage_ids(LENGTHS, S) >= 0], 1)
+    for dtype, atol in ((jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)):
+        mixer = Gated(D, 4, num_kv_heads=2, dtype=dtype, rngs=nnx.Rngs(0))
+        made = fusion_attention(mixer, x.astype(dtype), LENGTHS, G)
+        assert made.dtype == dtype
+        np.testing.assert_allclose(made[real].astype(np.float32), mixer(x, mask=mask)[real].astype(np.float32), atol=atol)
+    dropping = GroupedQueryAttention(D, 2, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    one, other = (fusion_attention(dropping, x, LENGTHS, G) for _ in range(2))
+    assert abs(one - other).max() > 1e-3
+    dropping.eval()
+    np.testing.assert_allclose(fusion_attention(dropping, x, LENGTHS, G)[real], dropping(x, mask=mask)[real], atol=1e-5)
+
+
+def test_scanned_and_dropped(passages):
+    def build(**options):
+        return FiEEncoder(V, D, N, 2, n_global=G, max_length=S, rngs=nnx.Rngs(params=0, dropout=1), **options)
+
+    plain = encode(build(), passages, LENGTHS)
+    for mine, theirs in zip(encode(build(scan_layers=True, remat="full"), passages, LENGTHS), plain, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert abs(encode(build(dropout_rate=0.5), passages, LENGTHS)[1] - plain[1]).max() > 1e-2
 
 
 def test_without_globals_passages_are_alone(passages):
@@ -265,3 +296,21 @@ def test_bad_input(passages, spans):
         global_span_probability(spans[0], spans[1][..., :2])
     with pytest.raises(ValueError, match=r"strings: probabilities"):
         aggregate_spans(spans[0], jnp.zeros((B, P, S), int), 3)
+    ids = np.full(spans[0].shape, 3)
+    with pytest.raises(ValueError, match="below num_strings=3, got 3"):
+        aggregate_spans(spans[0], ids, 3)
+    with pytest.raises(ValueError, match="top_k: must be from 1 to the 36 spans of a row, got 37"):
+        aggregate_spans(spans[0], ids, 4, top_k=37)
+    with pytest.raises(ValueError, match="P at least 1"):
+        encoder()(passages[:, :0])
+    long = jnp.zeros((B, P, S + 1), int)
+    with pytest.raises(ValueError, match="positions: 0 to 4, but the table was built for length=4"):
+        encode(encoder(), long)
+    x = jnp.zeros((B, G + P * S, D))
+    for options in ({"causal": True}, {"positions": RoPE()}):
+        with pytest.raises(ValueError, match="mixer: tokens of a flat sequence"):
+            fusion_attention(GroupedQueryAttention(D, N, rngs=nnx.Rngs(0), **options), x, LENGTHS, G)
+    plain = GroupedQueryAttention(D, N, rngs=nnx.Rngs(0))
+    for lengths, g in ((LENGTHS[:, :0], G), (LENGTHS, 1)):
+        with pytest.raises(ValueError, match=r"x, lengths, n_global.*\(2, 14, 16\)"):
+            fusion_attention(plain, x, lengths, g)

@@ -214,8 +214,18 @@ def test_means_of_unequal_candidates(rng):
     for b, c in np.ndindex(2, 3):
         expected = x[b, seg[b] == c].mean(0) if count[b, c] else 0
         np.testing.assert_allclose(means[b, c], expected, atol=1e-6)
-    made = scores(ranker(), jnp.zeros((2, T), int), seg, 3)
-    assert np.isneginf(made[1, 2]) and np.isfinite(np.delete(np.ravel(made), 5)).all()
+
+
+def test_rows_of_a_batch_are_ranked_alone(tokens):
+    """Segments of their own, one row with fewer candidates and one with none."""
+    seg = np.stack([SEGMENTS, packed((6, 1), padding=2)])
+    made = scores(ranker(), tokens, seg, 3)
+    for row, count in ((0, 3), (1, 2)):
+        alone = scores(ranker(), tokens[row : row + 1], seg[row], count)
+        np.testing.assert_allclose(made[row : row + 1, :count], alone, atol=1e-5)
+    assert np.isneginf(made[1, 2])
+    empty = scores(ranker(), tokens[:1], packed((), padding=T - LC), 3)
+    assert np.isneginf(empty).all()
 
 
 def test_loss_is_of_the_ranking_and_of_masked_words(tokens):
@@ -230,6 +240,23 @@ def test_loss_is_of_the_ranking_and_of_masked_words(tokens):
     absent = made.at[0, 1].set(-jnp.inf)  # a row with fewer candidates
     gradient = jax.grad(lambda s: response_selection_loss(s, right, words, tokens, masked))(absent)
     assert np.isfinite(gradient).all() and gradient[0, 1] == 0
+    # A row without any candidate counts nowhere.
+    value, gradient = jax.value_and_grad(lambda s: response_selection_loss(s, right, words, tokens, masked))(
+        made.at[1].set(-jnp.inf)
+    )
+    np.testing.assert_allclose(value, hidden - log_p[0][0, 2], rtol=1e-5)
+    assert np.isfinite(gradient).all() and (gradient[0] != 0).all() and (gradient[1] == 0).all()
+
+
+def test_in_bfloat16_scores_are_float32(tokens):
+    """Products too: rounding a score to bfloat16 would leave 8 bits."""
+    config = dataclasses.replace(ranker().config, dtype=jnp.bfloat16)
+    model = UniEncoderRanker(config, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(2, T, D)), jnp.bfloat16)
+    made, (means, _) = model.score(x, SEGMENTS, 3), candidate_means(x, SEGMENTS, 3)
+    assert x.dtype == jnp.bfloat16 and made.dtype == jnp.float32
+    exact = np.asarray(means, np.float64) @ np.asarray(model.scorer.kernel[...], np.float64)
+    np.testing.assert_allclose(made, exact[..., 0] + model.scorer.bias[...], atol=1e-6)
 
 
 def test_bad_input(tokens):
@@ -239,6 +266,15 @@ def test_bad_input(tokens):
         ranking_cost(4, [2], "cross")
     with pytest.raises(ValueError, match=r"tokens \(2, 12\) and segments \(14,\)"):
         ranker()(tokens[:, :12], SEGMENTS, 3)
+    with pytest.raises(ValueError, match=r"positions: tokens.*\(2, 14\) and positions \(13,\)"):
+        ranker()(tokens, SEGMENTS, 3, np.arange(T - 1))
+    with pytest.raises(ValueError, match="candidate 2, so at least 3 are needed, got 2"):
+        ranker()(tokens, SEGMENTS, 2)
+    with pytest.raises(ValueError, match=r"mode 'arow'.*'arrow'"):
+        UniEncoderConfig(mode="arow")
+    short = UniEncoderRanker(dataclasses.replace(ranker().config, max_length=6), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="positions: 0 to 8, but the table was built for length=6"):
+        nnx.jit(lambda model, tokens: model(tokens, SEGMENTS, 3))(short, tokens)
     for seg, words in (
         [[-1, 0, 1, 0], r"row 0 runs through \[-1, 0, 1, 0\]"],
         [[[-1, 0], [0, -1]], r"row 1.*context \(-1\) first"],
@@ -279,7 +315,7 @@ def test_parity_with_bert(rng, mode):
         copy(theirs.weight, ours.scale)
         copy(theirs.bias, ours.bias)
 
-    copy(bert.embeddings.word_embeddings.weight, model.words)
+    copy(bert.embeddings.word_embeddings.weight, model.words.table)
     copy(bert.embeddings.position_embeddings.weight, model.positions.table)
     copy(bert.embeddings.token_type_embeddings.weight, model.types.table)
     copy_norm(bert.embeddings.LayerNorm, model.embed_norm)
@@ -320,7 +356,7 @@ def test_parity_with_bert(rng, mode):
 
     gradient = gradients(model)
     pairs = [
-        (gradient.words, bert.embeddings.word_embeddings.weight.grad),
+        (gradient.words.table, bert.embeddings.word_embeddings.weight.grad),
         (gradient.layers.runs[0].mixer.qkv.query.kernel, bert.encoder.layer[0].attention.self.query.weight.grad.T),
     ]
     for mine, grad in pairs:
