@@ -140,7 +140,7 @@ def test_the_average_is_kept_and_generated_from(tiny, replaced, tmp_path):
     state = checkpoints.restore(step, trainer.abstract, trainer.shardings, iter(trainer.task.batches()))
     middle = checkpoints.restore(3, trainer.abstract, trainer.shardings, iter(trainer.task.batches()))
     checkpoints.close()
-    table = load_model(tmp_path / "run").embed.table[...]
+    table = load_model(tmp_path / "run")[0].embed.table[...]
     np.testing.assert_array_equal(table, state.ema["embed"]["table"][...])
     assert not np.array_equal(table, state.params["embed"]["table"][...])
     data = iter(trainer.task.batches())
