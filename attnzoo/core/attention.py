@@ -129,8 +129,8 @@ def _rows_are_alike(r: Request) -> bool:
 
 def _repeated(row: Result, queries: int) -> Result:
     """One row of results for each of so many queries."""
-    out, lse, weights = (None if x is None else jnp.repeat(x, queries, axis) for x, axis in zip(row, (1, 2, 2), strict=True))
-    return Result(out, lse, weights)
+    lse, weights = (None if x is None else jnp.repeat(x, queries, 2) for x in (row.lse, row.weights))
+    return Result(jnp.repeat(row.out, queries, 1), lse, weights)
 
 
 def _is_zero(coefficient: Any) -> bool:

@@ -259,9 +259,9 @@ class NVAttention(GroupedQueryAttention):
         z, log_pi = sample_components(self.rngs(), self.nvib(source), self.kappa)
         # The samples of a component are seen by the same queries: one part per sample, merged.
         parts, key = [], options.pop("dropout_rng", None)
-        for i, one in enumerate(zip(z, log_pi, strict=True)):
-            own = {} if key is None else {"dropout_rng": jax.random.fold_in(key, i)}
-            parts.append(denoising_attention_train(q, *one, self.projection, **options, **own))
+        for i in range(self.kappa):
+            own: dict[str, Any] = {} if key is None else {"dropout_rng": jax.random.fold_in(key, i)}
+            parts.append(denoising_attention_train(q, z[i], log_pi[i], self.projection, **options, **own))
         return merge_all(*(jnp.stack(each) for each in zip(*parts, strict=True)))[0].astype(x.dtype)
 
     def attention_weights(

@@ -306,11 +306,11 @@ class ConvSeq2SeqAttention(nnx.Module):
         mask = None if source_mask is None else source_mask[:, None, None, :]
         heads = (a[:, :, None] for a in (d, z, z + x))
         found = attention(*heads, mask=mask, scale=1.0, return_weights=return_weights)
-        context, weights = found if return_weights else (found, None)
+        context = found[0] if return_weights else found
         count = jnp.asarray(z.shape[1]) if source_mask is None else source_mask.sum(-1)[:, None, None]
         context = context[:, :, 0] * jnp.sqrt(count).astype(context.dtype)
         out = (self.project_out(context) + h) * math.sqrt(0.5)
-        return (out, weights[:, 0]) if return_weights else out
+        return (out, found[1][:, 0]) if return_weights else out
 
 
 def _picture(axes: Any) -> None:
