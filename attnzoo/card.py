@@ -137,25 +137,25 @@ class Card:
         from attnzoo.core import pictures
 
         size = _CELLS
-        for mask in paper.masks.values():
-            return lambda axes: pictures.draw_mask(axes, mask(size, size), size, heads=_HEADS, batch=_BATCH)
         sizes = {"heads": _HEADS, "kv_heads": _KV_HEADS, "batch": _BATCH}
-        for score in paper.scores.values():
-            return lambda axes: pictures.draw_score(axes, score(size, size), size, **sizes)
+        for name, mask in paper.masks.items():
+            return lambda axes: _titled(name, axes, pictures.draw_mask, mask(size, size), size, heads=_HEADS, batch=_BATCH)
+        for name, score in paper.scores.items():
+            return lambda axes: _titled(name, axes, pictures.draw_score, score(size, size), size, **sizes)
         if not paper.weights:
             return None
         maps = {name: make(size, size) for name, make in paper.weights.items()}
         return lambda axes: pictures.draw_weights(axes, maps, size, **sizes)
 
     def plot(self, path: Path) -> None:
-        """Draws the idea, and the costs over sequence length T (doubled from 64 to 1,048,576; S = T), into a file.
+        """Draws the idea, and the costs that change with sequence length T (doubled from 64 to 1,048,576; S = T), into a file.
 
         Raises ValueError if there is neither, ModuleNotFoundError without matplotlib.
         """
-        formulas = {k: f for k, f in (self.paper.costs if self.paper else {}).items() if not self.missing(f)}
-        panels = [draw for draw in (self.picture(), self._plot_costs if formulas else None) if draw is not None]
+        over_length = self._plot_costs if self._costs_over_length() else None
+        panels = [draw for draw in (self.picture(), over_length) if draw is not None]
         if not panels:
-            raise ValueError(f"plot: {self.row.key} has no picture, and states no costs that these sizes determine")
+            raise ValueError(f"plot: {self.row.key} has no picture, and states no costs over T that these sizes determine")
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError:
@@ -166,16 +166,26 @@ class Card:
         figure.suptitle(f"{self.row.key}: {self.row.title}", fontsize=11, wrap=True)
         figure.savefig(path, dpi=150)
 
+    def _costs_over_length(self) -> dict[str, str]:
+        """The formulas with T or S in them whose other letters have values."""
+        formulas = self.paper.costs if self.paper else {}
+        return {what: f for what, f in formulas.items() if costs.letters(f) & {"T", "S"} and not self.missing(f)}
+
     def _plot_costs(self, axes: Any) -> None:
         """The costs that the sizes determine, over T."""
         lengths = [2**n for n in range(6, 21)]
-        for what, formula in (self.paper.costs if self.paper else {}).items():
-            if not self.missing(formula):
-                values = [costs.evaluate(formula, {**self.values, "T": t, "S": t}) for t in lengths]
-                axes.loglog(lengths, values, label=what)
-        axes.set(xlabel="sequence length T", title="costs", xscale="log")
+        for what, formula in self._costs_over_length().items():
+            values = [costs.evaluate(formula, {**self.values, "T": t, "S": t}) for t in lengths]
+            axes.loglog(lengths, values, label=what)
+        axes.set(xlabel="sequence length T", ylabel="how many", title="costs", xscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
+
+
+def _titled(name: str, axes: Any, draw: Callable[..., None], *args: Any, **sizes: Any) -> None:
+    """Draws an example, with its name above the title."""
+    draw(axes, *args, **sizes)
+    axes.set_title(f"{name}\n{axes.get_title()}", fontsize=9, wrap=True)
 
 
 def _import_name(entry: Any) -> str:

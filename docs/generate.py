@@ -69,9 +69,10 @@ def leaderboard() -> str:
         "",
         f"The first group of columns is at equal parameters. The second is at an equal cache too: at most "
         f"{board['cache_budget']:,.0f} bytes per token over all layers, {suite['cache_share']:.0%} of what "
-        f"`{config['mixer']}` takes, by the setting that is named. {board['metric'].capitalize()} are of validation, lower is "
-        f"better; counts of bytes give {baselines}. Milliseconds per token are of greedy decoding through the mixer's own "
-        f"cache, {suite['decode_batch']} rows with {suite['decode_length']:,} tokens each.",
+        f"`{config['mixer']}` takes, by the setting that is named. {board['metric'].capitalize()} are of validation, "
+        f"{'higher' if board.get('higher_is_better') else 'lower'} is better; counts of bytes give {baselines}. "
+        "Milliseconds per token are of greedy decoding through the mixer's own cache, "
+        f"{suite['decode_batch']} rows with {suite['decode_length']:,} tokens each.",
         "",
         f"| mixer | {board['metric']} | ms/step | ms/token | cache bytes | {board['metric']} | ms/token | cache bytes | by |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
@@ -90,6 +91,8 @@ def leaderboard() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for name, reason in board["skipped"].items():
         lines += ["", f"`{name}` is left out: {reason}"]
+    for name, reason in board.get("failed", {}).items():
+        lines += ["", f"`{name}` failed: {reason}"]
     lines += [
         "",
         f"Measured by `{command}` in {board['seconds'] / 60:.0f} minutes on {where['cores']} CPU cores ({where['machine']}, "

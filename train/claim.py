@@ -83,13 +83,11 @@ def as_json(result: ClaimResult, *, quick: bool) -> dict[str, Any]:
 
 def plot(result: ClaimResult, path: Path) -> None:
     """Every method's values: a bar for the mean, a dot per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     methods = list(result.values)
-    figure, axes = plt.subplots(figsize=(1.8 + 1.5 * len(methods), 4.2), layout="constrained")
+    figure = Figure(figsize=(1.8 + 1.5 * len(methods), 4.2), layout="constrained")
+    axes = figure.subplots()
     axes.bar(methods, [np.mean(result.values[m]) for m in methods], color="tab:blue", alpha=0.35, width=0.6)
     for place, method in enumerate(methods):
         spread = np.linspace(-0.12, 0.12, len(result.seeds)) if len(result.seeds) > 1 else [0.0]
@@ -106,7 +104,6 @@ def plot(result: ClaimResult, path: Path) -> None:
     axes.set_title(f"{result.key}: {result.verdict}", fontsize=11)
     axes.grid(axis="y", alpha=0.25)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _plain(value: Any) -> Any:

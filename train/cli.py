@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,7 @@ from train.config import Config, absolute_paths, differences, smoke
 from train.export import ExportConfig, export
 from train.generate import GenerateConfig, generate
 from train.launch import launch
+from train.leaderboard import table as suite_table
 from train.loop import train
 from train.mixer_args import describe_mixer_args, parse_mixer_args, take_mixer_args
 from train.presets import preset
@@ -27,7 +28,6 @@ from train.processes import INTERRUPTED, DistributedConfig
 from train.report import print_result
 from train.rundir import CONFIG, free_folder, open_run
 from train.suite import run_suite, smoke_suite, suite_named
-from train.suite import table as suite_table
 from train.tasks import task_class
 
 _TRAIN = """\
@@ -243,38 +243,48 @@ def export_main(argv: Sequence[str]) -> int:
 
 
 def compare_main(argv: Sequence[str]) -> int:
-    """`attnzoo compare`: 0, or 130 when it was interrupted."""
+    """`attnzoo compare`: 0, 1 when mixers of a suite failed, or 130 when it was interrupted."""
     if _option(argv, "--suite") is not None:
         return _suite_main(argv)
     defaults = task_class(_option(argv, "--task") or Config.task).defaults()
     command = _parse(CompareCommand, argv, "compare", _COMPARE, CompareCommand(defaults, tyro.MISSING))
     config = absolute_paths(smoke(command.config) if command.smoke else command.config)
-    folder = Path(command.out).expanduser() if command.out else free_folder(f"compare-{config.task}")
-    console = Console()
-    try:
+
+    def run(folder: Path, console: Console) -> int:
         comparison = compare(config, command.mixers, folder, console)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; what is finished lies in {folder}", highlight=False)
-        return INTERRUPTED
-    console.print(table(comparison))
-    console.print(f"In {folder}: compare.json, compare.png, and the folder of each run", highlight=False)
-    return 0
+        console.print(table(comparison))
+        console.print(f"In {folder}: compare.json, compare.png, and the folder of each run", highlight=False)
+        return 0
+
+    return _in_folder(command.out, f"compare-{config.task}", run)
 
 
 def _suite_main(argv: Sequence[str]) -> int:
     command = _parse(SuiteCommand, argv, "compare", _SUITE)
     suite = suite_named(command.suite)
     suite = smoke_suite(suite) if command.smoke else suite
-    folder = Path(command.out).expanduser() if command.out else free_folder(f"suite-{suite.name}")
-    console = Console()
-    try:
+
+    def run(folder: Path, console: Console) -> int:
         board = run_suite(suite, command.mixers, folder, console)
+        console.print(suite_table(board))
+        if board.interrupted:
+            raise KeyboardInterrupt
+        console.print(f"{board.seconds:.0f} s. In {folder}: leaderboard.json, leaderboard.png", highlight=False)
+        return 1 if board.failed else 0
+
+    return _in_folder(command.out, f"suite-{suite.name}", run)
+
+
+def _in_folder(out: str | None, name: str, run: Callable[[Path, Console], int]) -> int:
+    """What `run` returns, given the folder `out`, by default runs/NAME; 130 when it is interrupted."""
+    folder, console = Path(out).expanduser() if out else free_folder(name), Console()
+    try:
+        return run(folder, console)
     except KeyboardInterrupt:
-        console.print(f"\ninterrupted; what is finished lies in {folder}", highlight=False)
+        written = folder.is_dir() and any(folder.iterdir())
+        said = f"what is finished lies in {folder}" if written else "nothing was finished"
+        console.print(f"\ninterrupted; {said}", highlight=False)
         return INTERRUPTED
-    console.print(suite_table(board))
-    console.print(f"{board.seconds:.0f} s. In {folder}: leaderboard.json, leaderboard.png", highlight=False)
-    return 0
 
 
 def claim_main(argv: Sequence[str]) -> int:

@@ -87,10 +87,10 @@ def compare(config: Config, mixers: str, folder: Path, console: Console) -> Comp
     return comparison
 
 
-def parse_mixers(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
+def parse_mixers(text: str, *, least: int = 2) -> dict[str, tuple[str, dict[str, Any]]]:
     """{entry: (key, arguments)} of "a,b:ARG=VALUE:ARG=VALUE,c".
 
-    Raises ValueError for fewer than two different entries, and for what `parse_mixer_args` refuses.
+    least: different entries that are needed. Raises ValueError for fewer, and for what `parse_mixer_args` refuses.
     """
     parsed = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -102,8 +102,9 @@ def parse_mixers(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
                 raise ValueError(f"--mixers: {entry!r} has {setting!r} where ARG=VALUE was expected")
             taken[name.replace("-", "_")] = value.split()
         parsed[entry] = (key, parse_mixer_args(key, taken))
-    if len(parsed) < 2:
-        raise ValueError(f"--mixers: needs two different entries or more, e.g. transformer,value_residual; got {text!r}")
+    if len(parsed) < least:
+        needed = "two different entries or more" if least == 2 else "an entry"
+        raise ValueError(f"--mixers: needs {needed}, e.g. transformer,value_residual; got {text!r}")
     return parsed
 
 
@@ -190,10 +191,7 @@ def table(comparison: Comparison) -> Table:
 
 def plot(comparison: Comparison, path: Path) -> None:
     """Quality, step time and cache of every mixer, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = comparison.rows
     panels = {
@@ -202,9 +200,8 @@ def plot(comparison: Comparison, path: Path) -> None:
         "cache bytes per token": [row.cache_bytes or 0.0 for row in rows],
     }
     panels = {name: values for name, values in panels.items() if any(values)}
-    figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(3.4 * len(panels), 1.6 + 0.5 * len(rows)), layout="constrained", sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(3.4 * len(panels), 1.6 + 0.5 * len(rows)), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (name, values) in zip(all_axes[0], panels.items(), strict=True):
         bars = axes.barh([row.mixer for row in rows], values, color="tab:blue", alpha=0.6, height=0.6)
         axes.bar_label(bars, fmt="{:.3f}" if name == comparison.quality else "{:,.0f}", padding=3)
@@ -213,4 +210,3 @@ def plot(comparison: Comparison, path: Path) -> None:
     all_axes[0][0].invert_yaxis()
     figure.suptitle(f"equal parameters: {rows[0].parameters:,}", fontsize=11)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

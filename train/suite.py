@@ -7,22 +7,16 @@ reference, and with these and a cache of at most a share of the reference's byte
 import dataclasses
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from attnzoo import catalog
 from attnzoo.errors import unknown
@@ -30,29 +24,18 @@ from attnzoo.models.factory import accepted_arguments
 from attnzoo.models.lm import DecoderLM
 from train.compare import cache_numbers, parameters, parse_mixers, with_parameters
 from train.config import Config, ModelConfig
+from train.leaderboard import Entry, Leaderboard, Measured, Suite, plot
 from train.metrics import write_atomically
 from train.sharding import make_mesh, on_mesh
 from train.tasks import make_task
 from train.trainer import Trainer
 
 FILE = "leaderboard.json"
+REFUSALS = (ValueError, NotImplementedError)
+"""How mixers say what they do not take; any other error is a bug."""
 
-
-@dataclass(frozen=True)
-class Suite:
-    """What every mixer of a leaderboard is measured on.
-
-    config: of the reference, whose mixer, parameters and cache set the budgets. seeds: one training run each.
-    cache_share: of the reference's cache bytes per token, the most that "equal cache" allows.
-    decode_length: tokens in the cache when decoding is timed; decode_batch: rows then.
-    """
-
-    name: str
-    config: Config
-    seeds: tuple[int, ...]
-    cache_share: float
-    decode_length: int
-    decode_batch: int
+PARTIAL = "leaderboard.partial.json"
+"""What is measured so far; becomes `FILE` at the end, so that a board that is there stays whole."""
 
 
 SUITES = {
@@ -70,73 +53,7 @@ SUITES = {
 def smoke_suite(suite: Suite) -> Suite:
     """The suite at CI length: a few steps of one seed, a short cache. What it measures means nothing."""
     config = dataclasses.replace(suite.config, steps=6, batch=4)
-    return dataclasses.replace(suite, config=config, seeds=suite.seeds[:1], decode_length=64, decode_batch=2)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One mixer on one axis.
-
-    scores: validation, per seed. step_seconds: median of a training step. decode_seconds: of one token for each of
-    `decode_batch` rows, with `decode_length` tokens in the cache. cache_bytes: per token, over all layers. Both are None for
-    mixers that do not decode. settings: what was set to meet the axis, besides mlp_dim.
-    """
-
-    scores: tuple[float, ...]
-    step_seconds: float
-    decode_seconds: float | None
-    cache_bytes: float | None
-    parameters: int
-    mlp_dim: int
-    settings: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def score(self) -> float:
-        return statistics.fmean(self.scores)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row: a mixer, and what it came to with equal parameters, and with an equal cache too.
-
-    equal_cache: None where the mixer cannot have it, for `reason`.
-    positions: of the model; "learned" where the mixer takes none of the suite's.
-    """
-
-    mixer: str
-    equal_parameters: Measured
-    equal_cache: Measured | None
-    reason: str = ""
-    positions: str = "rope"
-
-
-@dataclass(frozen=True)
-class Leaderboard:
-    """All rows in the order of their score at equal parameters, and what they are measured in.
-
-    mixers: as they were asked for. cache_budget: bytes per token of "equal cache". skipped: mixer -> why it has no row.
-    """
-
-    suite: Suite
-    mixers: str
-    metric: str
-    baselines: Mapping[str, float]
-    cache_budget: float
-    entries: tuple[Entry, ...]
-    skipped: Mapping[str, str]
-    seconds: float
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "command": f"attnzoo compare --suite {self.suite.name} --mixers {self.mixers}",
-            **dataclasses.asdict(self),
-            "environment": {
-                "cores": os.cpu_count(),
-                "machine": platform.machine(),
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("attnzoo", "jax", "flax", "optax")},
-            },
-        }
+    return dataclasses.replace(suite, config=config, seeds=suite.seeds[:1], decode_length=64, decode_batch=2, smoke=True)
 
 
 def suite_named(name: str) -> Suite:
@@ -150,45 +67,73 @@ def suite_mixers(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """{entry: (key, arguments)}: "all" is every built mixer of the catalog, other texts are as `parse_mixers` takes them."""
     if text == "all":
         return {key: (key, {}) for key in catalog.mixers()}
-    return parse_mixers(text)
+    return parse_mixers(text, least=1)
 
 
 def run_suite(suite: Suite, mixers: str, folder: Path, console: Console) -> Leaderboard:
-    """Measures `mixers` and writes leaderboard.json and leaderboard.png to `folder`; the JSON after every mixer.
+    """Measures `mixers` and writes leaderboard.json and leaderboard.png to `folder`; after every mixer, what there is so far to
+    leaderboard.partial.json, which becomes leaderboard.json at the end.
 
-    With "all", a mixer that cannot be measured (it takes no such model, or its training diverges) is left out, and the
-    reason is kept; one that was asked for by name raises.
+    With "all", a mixer that cannot be measured (it takes no such model, or its training diverges) is left out, one that breaks
+    has failed, and the reason is kept; one that was asked for by name raises. Ctrl-C ends it with what is measured, in
+    leaderboard.partial.json and leaderboard.partial.png.
     """
     began = time.monotonic()
     chosen = suite_mixers(mixers)
     task = make_task(suite.config)
     budget, reference_cache = parameters(suite.config), cache_bytes(suite.config)
     assert reference_cache is not None
-    board = Leaderboard(suite, mixers, task.quality, task.baselines(), suite.cache_share * reference_cache, (), {}, 0.0)
+    board = Leaderboard(
+        suite,
+        mixers,
+        task.quality,
+        task.baselines(),
+        suite.cache_share * reference_cache,
+        higher_is_better=task.higher_is_better,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for number, (label, (key, arguments)) in enumerate(chosen.items(), start=1):
         console.print(f"[bold]{label}[/] ({number} of {len(chosen)})", highlight=False)
         plan = dataclasses.replace(suite.config, mixer=key, mixer_args=arguments)
         try:
             entry = measure_entry(suite, label, plan, budget, board.cache_budget)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except KeyboardInterrupt:
+            board = dataclasses.replace(board, interrupted=True)
+        except Exception as error:  # hours of other mixers' work do not end with this one
             if mixers != "all":
                 raise
-            board = dataclasses.replace(board, skipped={**board.skipped, label: str(error)})
-            console.print(f"  left out: {error}", highlight=False)
+            refused = isinstance(error, REFUSALS)
+            if refused:
+                board = dataclasses.replace(board, skipped={**board.skipped, label: said(error)})
+            else:
+                board = dataclasses.replace(board, failed={**board.failed, label: said(error)})
+            console.print(f"  {'left out' if refused else 'failed'}: {said(error)}", highlight=False)
         else:
-            entries = sorted((*board.entries, entry), key=lambda entry: entry.equal_parameters.score)
-            board = dataclasses.replace(board, entries=tuple(entries))
+            board = board.with_entry(entry)
             if entry.reason:
                 console.print(f"  no equal cache: {entry.reason}", highlight=False)
         board = dataclasses.replace(board, seconds=round(time.monotonic() - began, 1))
-        write_atomically(folder / FILE, json.dumps(board.as_json(), indent=1) + "\n")
-    plot(board, folder / "leaderboard.png")
+        if board.entries or not board.interrupted:
+            write_atomically(folder / PARTIAL, json.dumps(board.as_json(), indent=1) + "\n")
+        if board.interrupted:
+            break
+    if board.entries:
+        plot(board, (folder / (PARTIAL if board.interrupted else FILE)).with_suffix(".png"))
+    if not board.interrupted:
+        (folder / PARTIAL).replace(folder / FILE)
     return board
 
 
+def said(error: Exception) -> str:
+    """What a refusal says; of other errors, which are bugs, their kind as well."""
+    return str(error) if isinstance(error, REFUSALS) else f"{type(error).__name__}: {error}"
+
+
 def measure_entry(suite: Suite, label: str, plan: Config, budget: int, cache_budget: float) -> Entry:
-    """One mixer on both axes. Raises ValueError where it cannot have `budget` parameters."""
+    """One mixer on both axes. Raises ValueError where it cannot have `budget` parameters.
+
+    What goes wrong on the second axis is the reason that there is none; the first is kept.
+    """
     plan = with_positions(plan)
     equal, small, reason = measure(suite, with_parameters(plan, budget)), None, ""
     try:
@@ -197,8 +142,8 @@ def measure_entry(suite: Suite, label: str, plan: Config, budget: int, cache_bud
         if settings:
             smaller = with_parameters(_with_settings(plan, settings), budget)
             small = dataclasses.replace(measure(suite, smaller), settings=settings)
-    except ValueError as error:
-        reason = str(error)
+    except Exception as error:
+        reason = said(error)
     return Entry(label, equal, small, reason, plan.model.positions)
 
 
@@ -237,7 +182,10 @@ def settings_within(plan: Config, cache_budget: float) -> dict[str, int]:
         if name not in own or name in plan.mixer_args:
             continue
         for value in values:
-            needed = cache_bytes(_with_settings(plan, {name: value}))
+            try:
+                needed = cache_bytes(_with_settings(plan, {name: value}))
+            except ValueError:  # a width that this mixer does not take
+                continue
             if needed is not None and needed <= cache_budget:
                 return {name: value}
     raise ValueError(
@@ -275,23 +223,28 @@ def measure(suite: Suite, plan: Config) -> Measured:
 def train_once(trainer: Trainer, plan: Config, group: int = 3) -> tuple[float, list[float]]:
     """(validation score, seconds per step of each group of steps after the first, which compiles).
 
-    The trainer is compiled once for all seeds. Raises ValueError when the loss is not finite at the end.
+    Batches are made and placed before a group's clock starts. The trainer is compiled once for all seeds. Raises ValueError
+    when the loss is not finite at the end, or the score.
     """
-    task = make_task(plan)
+    task, group = make_task(plan), min(group, plan.steps // 2)
     state, times, step = trainer.init(plan.seed), [], 0
     batches = iter(task.batches())
     with on_mesh(trainer.mesh, trainer.exchange):
         while step < plan.steps:
-            count, clock = min(group, plan.steps - step), time.perf_counter()
-            for _ in range(count):
-                state, metrics = trainer.train_step(state, trainer.put(next(batches)))
+            count = min(group, plan.steps - step)
+            ready = jax.block_until_ready([trainer.put(next(batches)) for _ in range(count)])
+            clock = time.perf_counter()
+            for batch in ready:
+                state, metrics = trainer.train_step(state, batch)
             jax.block_until_ready(metrics)
             if step:
                 times.append((time.perf_counter() - clock) / count)
             step += count
-    if not math.isfinite(float(metrics["loss"])):
-        raise ValueError(f"its loss is {float(metrics['loss'])} after {plan.steps} steps with seed {plan.seed}")
-    return trainer.evaluate(state, task.validation_batches())[task.metric], times
+    score = trainer.evaluate(state, task.validation_batches())[task.metric]
+    for name, value in (("loss", float(metrics["loss"])), ("validation score", float(score))):
+        if not math.isfinite(value):
+            raise ValueError(f"its {name} is {value} after {plan.steps} steps with seed {plan.seed}")
+    return score, times
 
 
 def time_decoding(suite: Suite, plan: Config, tokens: int = 32, rounds: int = 5) -> float:
@@ -331,70 +284,3 @@ def timed(call: Callable[..., tuple[Any, Any]], token: Any, cache: Any, rounds: 
         token, cache = jax.block_until_ready(call(token, cache))
         seconds.append(time.perf_counter() - clock)
     return statistics.median(seconds)
-
-
-def table(board: Leaderboard) -> Table:
-    """The leaderboard as it is printed."""
-    suite = board.suite
-    baselines = ", ".join(f"{name} {value:.3f}" for name, value in board.baselines.items())
-    shown = Table(
-        title=f"{board.metric} after {suite.config.steps} steps, mean of {len(suite.seeds)} seeds (lower is better)",
-        caption=(
-            f"baselines: {baselines}; decoding: {suite.decode_batch} rows with {suite.decode_length} tokens in the cache; "
-            f"indented: what brings the cache to {board.cache_budget:,.0f} bytes per token or less"
-        ),
-        box=box.SIMPLE,
-    )
-    for name in ("mixer", "score", "ms/step", "ms/token", "cache B"):
-        shown.add_column(name, justify="left" if name == "mixer" else "right")
-    for entry in board.entries:
-        learned = ", learned positions" * (entry.positions != suite.config.model.positions)
-        shown.add_row(entry.mixer + learned, *cells(entry.equal_parameters))
-        if entry.equal_cache is not None and entry.equal_cache.settings:
-            settings = ", ".join(f"{name}={value}" for name, value in entry.equal_cache.settings.items())
-            shown.add_row(f"  {settings}", *cells(entry.equal_cache), style="dim")
-    return shown
-
-
-def cells(measured: Measured) -> tuple[str, str, str, str]:
-    """Score, ms per step, ms per decoded token, cache bytes."""
-    decode, size = measured.decode_seconds, measured.cache_bytes
-    return (
-        f"{measured.score:.3f}",
-        f"{1000 * measured.step_seconds:.1f}",
-        "" if decode is None else f"{1000 * decode:.2f}",
-        "" if size is None else f"{size:,.0f}",
-    )
-
-
-def plot(board: Leaderboard, path: Path) -> None:
-    """Scores against training time, decoding time and cache; a line joins the two axes of a mixer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels: dict[str, Callable[[Measured], float | None]] = {
-        "ms per training step": lambda m: 1000 * m.step_seconds,
-        f"ms per decoded token, {board.suite.decode_length} in the cache": lambda m: (
-            m.decode_seconds and 1000 * m.decode_seconds
-        ),
-        "cache bytes per token": lambda m: m.cache_bytes,
-    }
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), layout="constrained", sharey=True)
-    for axes, (name, of) in zip(all_axes, panels.items(), strict=True):
-        for number, entry in enumerate(board.entries):
-            both = (entry.equal_parameters, entry.equal_cache)
-            points = [(of(m), m.score) for m in both if m is not None and of(m) is not None]
-            if points:
-                color = f"C{number % 10}"
-                axes.plot(*zip(*points, strict=True), "-", color=color, alpha=0.4)
-                axes.plot(*points[0], "o", color=color)
-                axes.plot(*points[-1], "s", color=color, markersize=5, fillstyle="none")
-                axes.annotate(entry.mixer, points[0], xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axes.set_xlabel(name)
-        axes.grid(alpha=0.25)
-    all_axes[0].set_ylabel(f"{board.metric} (validation)")
-    figure.suptitle(f"{board.suite.name}: dots at equal parameters, squares with a small cache as well", fontsize=11)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

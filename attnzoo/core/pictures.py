@@ -33,7 +33,9 @@ def draw_mask(
 ) -> None:
     """Draws every cell of the first batch row by whether it is seen and by its tile; heads that differ stand side by side.
 
-    tile: queries and keys of a tile.
+    tile: queries and keys of a tile. Tiles are counted of what is drawn.
+
+    Raises ValueError for a mask whose tiles contradict its cells.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -42,9 +44,15 @@ def draw_mask(
     seen = np.asarray(mask.dense(queries, keys, batch=batch, heads=heads))[0]
     tiles = mask.block_map(queries, keys, block_q=tile, block_k=tile, batch=batch, heads=heads).state[0]
     state = tiles.repeat(tile, 1)[:, :queries].repeat(tile, 2)[..., :keys]
+    wrong = np.broadcast_to(np.where(seen, state == EMPTY, state == FULL), np.broadcast_shapes(seen.shape, state.shape))
+    if wrong.any():
+        n, t, s = np.argwhere(wrong)[0]
+        kind = "empty" if seen[n % len(seen), t, s] else "full"
+        raise ValueError(f"mask: {mask} has a tile that is {kind}, but not so at its query {t}, key {s} (head {n})")
     shade = np.where(seen, np.where(state == FULL, 3, 2), np.where(state == EMPTY, 0, 1))
     _cells(ax, shade, cmap=ListedColormap(list(SHADES.values())), vmin=-0.5, vmax=3.5)
-    empty, partial, full = np.bincount(tiles.ravel(), minlength=3)
+    drawn = tiles[:1] if _alike(shade) else np.broadcast_to(tiles, (len(shade), *tiles.shape[1:]))
+    empty, partial, full = np.bincount(drawn.ravel(), minlength=3)
     title = f"{mask}\n{full} full, {partial} partial, {empty} empty tiles of {tile}×{tile}"
     ax.set_title(title, fontsize=9, wrap=True)
     patches = [Patch(facecolor=colour, edgecolor="0.6", label=name) for name, colour in SHADES.items()]
@@ -85,8 +93,9 @@ def draw_weights(ax: Any, maps: Mapping[str, Weights], keys: int, *, heads: int 
     for number, (name, weights) in enumerate([("softmax", softmax), *maps.items()]):
         w = np.asarray(attention(q, k, k, scale=1.0, weights=weights, backend="dense", return_weights=True)[1])[0, :, -1]
         style = {"color": f"C{number - 1}", "marker": "."} if number else {"color": "0.6", "linestyle": "--"}
-        for head, row in enumerate(w if np.ptp(w, axis=0).max() > 0 else w[:1]):
-            ax.plot(logits, row, label=name if head == 0 else None, **style)
+        rows = w if np.ptp(w, axis=0).max() > 0 else w[:1]
+        for head, row in enumerate(rows):
+            ax.plot(logits, row, label=f"{name}, head {head}" if len(rows) > 1 else name, **style)
     ax.set(xlabel="logit", ylabel="weight", title=f"the weights of {keys} keys with these logits")
     ax.grid(alpha=0.3)
     ax.legend()
@@ -101,10 +110,14 @@ def scored(score: Score, s: Float[Array, ...], g: Geometry) -> Float[np.ndarray,
     return np.where(new <= HIDDEN, np.nan, new)
 
 
+def _alike(values: np.ndarray) -> bool:
+    """Whether all heads of [N, T, S] are equal."""
+    return np.array_equal(values, np.broadcast_to(values[:1], values.shape), equal_nan=True)
+
+
 def _cells(ax: Any, values: np.ndarray, **options: Any) -> Any:
     """An image of [N, T, S]: one head if all are alike, else all of them, a cell apart."""
-    if np.array_equal(values, np.broadcast_to(values[:1], values.shape), equal_nan=True):
-        values = values[:1]
+    values = values[:1] if _alike(values) else values
     heads, queries, keys = values.shape
     apart = np.full((heads, queries, 1), np.nan)
     row = np.concatenate([np.concatenate([values, apart], 2)[n] for n in range(heads)], 1)[:, :-1]

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from attnzoo.core.cells import Known
+
 
 def _static(cls: type) -> type:
     """Register a frozen dataclass as a pytree without leaves: all of it is structure."""
@@ -298,7 +300,7 @@ def grid_positions(*sizes: int) -> Int[Array, "cells axes"]:
 
 
 def sinusoidal_positions(
-    positions: int | Int[Array, "*B T"], dim: int, *, interleave: bool = True, base: float = 10000.0
+    positions: int | Int[Known, "*B T"], dim: int, *, interleave: bool = True, base: float = 10000.0
 ) -> Float[Array, "*B T D"]:
     """Vaswani et al. 2017, §3.5: sin(pos / base^(2i/D)) and its cosine, float32.
 

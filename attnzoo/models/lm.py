@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from attnzoo.core.cells import Known
 from attnzoo.models.layers import AbsolutePositions, LayerConfig, layer_maker
 from attnzoo.nn.block import Block
 from attnzoo.nn.embed import Embed, Readout
@@ -66,7 +67,7 @@ class DecoderLM(nnx.Module):
         """i -> layer i; models of other layers than `Block` override this."""
         return layer_maker(config, rngs, causal=True)
 
-    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "..."]) -> Float[Array, "B T D"]:
+    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Known, "..."]) -> Float[Array, "B T D"]:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {tokens.shape}")
         return self.dropout(self.positions(self.embed(tokens), positions))

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from attnzoo.core.cells import Known
 from attnzoo.core.masks import Array as ArrayMask
 from attnzoo.core.masks import Mask
 from attnzoo.models.factory import make_mixer
@@ -130,7 +131,7 @@ class Transformer(nnx.Module):
         )
         return self._logits(x)
 
-    def _embed(self, target: Int[Array, "B T"], positions: Int[Array, "..."]) -> Float[Array, "B T D"]:
+    def _embed(self, target: Int[Array, "B T"], positions: Int[Known, "..."]) -> Float[Array, "B T D"]:
         return self.dropout(self.positions(self.embed(target), positions))
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

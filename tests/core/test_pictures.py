@@ -1,9 +1,12 @@
 """What is drawn is what masks, scores and weight maps do."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnzoo.core.blocks import EMPTY, FULL
 from attnzoo.core.cells import Geometry
 from attnzoo.core.masks import Array, Causal
 from attnzoo.core.pictures import draw_mask, draw_score, draw_weights, scored
@@ -32,6 +35,20 @@ def test_a_mask_is_drawn_by_cells_and_tiles(ax):
     seen = np.tri(T, dtype=bool)
     np.testing.assert_array_equal(image(ax), np.where(full, 3, np.where(empty, 0, np.where(seen, 2, 1))))
     assert "3 full, 3 partial, 3 empty tiles of 4×4" in ax.get_title()
+    # Heads that are alike are drawn, and counted, once.
+    draw_mask(ax, Array(jnp.broadcast_to(jnp.asarray(seen), (2, 3, T, T))), T, batch=2, heads=3, tile=4)
+    assert "3 full, 3 partial, 3 empty tiles of 4×4" in ax.get_title()
+
+
+@pytest.mark.parametrize(("state", "said"), [(FULL, "full, .* query 0, key 1"), (EMPTY, "empty, .* query 0, key 0")])
+def test_tiles_that_contradict_cells_are_refused(ax, state, said):
+    class Wrong(Causal):
+        def block_map(self, *args, **sizes):
+            made = super().block_map(*args, **sizes)
+            return dataclasses.replace(made, state=np.full_like(made.state, state))
+
+    with pytest.raises(ValueError, match=said):
+        draw_mask(ax, Wrong(), T, tile=4)
 
 
 def test_tiles_that_do_not_divide(ax):
@@ -97,7 +114,7 @@ def test_weights_are_drawn_beside_softmax(ax):
     assert len(sinks) == 2
     for (_, w), sink in zip(sinks, (0.0, 2.0), strict=True):
         np.testing.assert_allclose(w, np.exp(x) / (np.exp(x).sum() + np.exp(sink)), rtol=1e-5)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["softmax", "sigmoid", "sinks"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["softmax", "sigmoid", "sinks, head 0", "sinks, head 1"]
 
 
 def test_scored(rng):

@@ -11,18 +11,15 @@ from rich.console import Console
 from attnzoo import catalog
 from train import suite as suites
 from train.compare import parameters
+from train.leaderboard import Entry, Leaderboard, Measured, cells, table
 from train.suite import (
     SUITES,
-    Entry,
-    Measured,
     cache_bytes,
-    cells,
     run_suite,
     settings_within,
     smoke_suite,
     suite_mixers,
     suite_named,
-    table,
     train_once,
     with_positions,
 )
@@ -50,6 +47,9 @@ def test_names():
         suite_named("langage")
     assert suite_mixers("all") == {key: (key, {}) for key in catalog.mixers()}
     assert suite_mixers("transformer,transformer:num_kv_heads=1").keys() == {"transformer", "transformer:num_kv_heads=1"}
+    assert suite_mixers("transformer").keys() == {"transformer"}  # the suite has a reference of its own
+    with pytest.raises(ValueError, match="needs an entry"):
+        suite_mixers(" ,")
 
 
 def test_a_smoke_suite_is_shorter():
@@ -57,6 +57,10 @@ def test_a_smoke_suite_is_shorter():
     smoke = smoke_suite(suite)
     assert smoke.config.steps < 10 < suite.config.steps
     assert smoke.config.model == suite.config.model
+    command = Leaderboard(smoke, "a,b:c=1 2", "", {}, 1.0).as_json()["command"]
+    assert command == "attnzoo compare --suite language --mixers 'a,b:c=1 2' --smoke"
+    with pytest.raises(ValueError, match="at least 2 steps, got 1"):
+        dataclasses.replace(suite, config=dataclasses.replace(suite.config, steps=1))
 
 
 def test_settings_within(small, replaced):
@@ -71,6 +75,16 @@ def test_settings_within(small, replaced):
     assert settings_within(fixed, whole / 2) == {"head_dim": 2}
     with pytest.raises(ValueError, match=r"takes 128 bytes per token, and nothing of .*num_kv_heads.* brings it to 3"):
         settings_within(plan, 3)
+
+
+def test_widths_that_a_mixer_refuses_are_passed_over(small, monkeypatch):
+    def picky(plan):
+        if plan.mixer_args.get("num_kv_heads") == 2:
+            raise ValueError("not two")
+        return cache_bytes(plan)
+
+    monkeypatch.setattr(suites, "cache_bytes", picky)
+    assert settings_within(small.config, 64) == {"num_kv_heads": 1}
 
 
 def test_mixers_that_do_not_decode(small, monkeypatch):
@@ -141,19 +155,54 @@ def test_what_a_suite_fixes_cannot_be_set(attnzoo, small):
 
 
 def test_what_cannot_be_measured_is_left_out_of_all(small, tmp_path, monkeypatch):
+    """Refused or broken, the others go on; what is interrupted or raises leaves an older board whole."""
+    errors = {"transformer": ValueError("it takes no such model"), "tpa": ZeroDivisionError("by zero")}
+
     def measure_entry(suite, label, plan, budget, cache_budget):
-        if label == "transformer":
-            raise ValueError("it takes no such model")
+        if label in errors:
+            raise errors[label]
         return Entry(label, measured(), None, "it has no cache")
 
     monkeypatch.setattr(suites, "measure_entry", measure_entry)
     board = run_suite(small, "all", tmp_path, Console(quiet=True))
     assert board.skipped == {"transformer": "it takes no such model"}
-    assert {entry.mixer for entry in board.entries} == catalog.mixers().keys() - {"transformer"}
+    assert board.failed == {"tpa": "ZeroDivisionError: by zero"}
+    assert {entry.mixer for entry in board.entries} == catalog.mixers().keys() - errors.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"leaderboard.json", "leaderboard.png"}
+    whole = (tmp_path / "leaderboard.json").read_text()
     with pytest.raises(ValueError, match="no such model"):
         run_suite(small, "value_residual,transformer", tmp_path, Console(quiet=True))
-    document = json.loads((tmp_path / "leaderboard.json").read_text())
+    document = json.loads((tmp_path / "leaderboard.partial.json").read_text())
     assert [entry["mixer"] for entry in document["entries"]] == ["value_residual"]
+    assert (tmp_path / "leaderboard.json").read_text() == whole
+
+
+def test_an_interrupted_suite_shows_what_it_has(attnzoo, small, tmp_path, monkeypatch):
+    def measure_entry(suite, label, plan, budget, cache_budget):
+        if label == "transformer":
+            raise KeyboardInterrupt
+        return Entry(label, measured(), None, "it has no cache")
+
+    monkeypatch.setattr(suites, "measure_entry", measure_entry)
+    line = ("compare", "--suite", "language", "--out", str(tmp_path / "out"), "--mixers")
+    code, out, _ = attnzoo(*line, "value_residual,transformer,tpa")
+    assert code == 130
+    assert "value_residual" in out and "2.000" in out and "what is finished lies in" in " ".join(out.split())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"leaderboard.partial.json", "leaderboard.partial.png"}
+    code, out, _ = attnzoo(*line[:-2], str(tmp_path / "none"), "--mixers", "transformer,tpa")
+    assert code == 130
+    assert "nothing was finished" in out
+
+
+def test_the_first_axis_outlives_the_second(small, monkeypatch):
+    def settings_within(plan, cache_budget):
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr(suites, "measure", lambda suite, plan: measured())
+    monkeypatch.setattr(suites, "settings_within", settings_within)
+    entry = suites.measure_entry(small, "transformer", small.config, parameters(small.config), 64)
+    assert entry == Entry("transformer", measured(), None, "TypeError: unhashable")
 
 
 def test_cells_and_table(small):
@@ -162,19 +211,25 @@ def test_cells_and_table(small):
     entries = (
         Entry("a", measured(), dataclasses.replace(measured(2.5), settings={"head_dim": 2})),
         Entry("b", measured(3.0), None, "no", "learned"),
+        Entry("c", measured(4.0), measured(4.0)),
     )
-    board = suites.Leaderboard(small, "a,b", "bits per byte", {"bigram": 3.7}, 16.0, entries, {}, 1.0)
+    board = Leaderboard(small, "a,b,c", "bits per byte", {"bigram": 3.7}, 16.0, entries, {}, 1.0)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(board))
     rows = [line.split() for line in console.export_text().splitlines() if "20.0" in line]
     assert rows == [
-        ["a", "2.000", "20.0", "1.00", "64"],
+        ["a", "2.000", "20.0", "1.00", "64", "below"],
         ["head_dim=2", "2.500", "20.0", "1.00", "64"],
-        ["b,", "learned", "positions", "3.000", "20.0", "1.00", "64"],
+        ["b,", "learned", "positions", "3.000", "20.0", "1.00", "64", "cannot"],
+        ["c", "4.000", "20.0", "1.00", "64", "as", "it", "is"],
     ]
+    assert "lower is better" in table(board).title
+    higher = dataclasses.replace(board, higher_is_better=True, entries=()).with_entry(entries[0]).with_entry(entries[1])
+    assert [entry.mixer for entry in higher.entries] == ["b", "a"]
+    assert "higher is better" in table(higher).title
 
 
-def test_divergence_is_said(small, replaced):
+def test_divergence_is_said(small, replaced, monkeypatch):
     from train.sharding import make_mesh
     from train.tasks import make_task
     from train.trainer import Trainer
@@ -183,3 +238,8 @@ def test_divergence_is_said(small, replaced):
     trainer = Trainer(make_task(plan), plan, make_mesh(plan.mesh))
     with pytest.raises(ValueError, match="its loss is nan after 9 steps with seed 3"):
         train_once(trainer, dataclasses.replace(plan, seed=3))
+    plan = dataclasses.replace(small.config, seed=4)
+    trainer = Trainer(make_task(plan), plan, make_mesh(plan.mesh))
+    monkeypatch.setattr(trainer, "evaluate", lambda state, batches: {make_task(plan).metric: math.inf})
+    with pytest.raises(ValueError, match="its validation score is inf after 9 steps with seed 4"):
+        train_once(trainer, plan)

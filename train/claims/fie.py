@@ -3,8 +3,9 @@
 6 passages of 5 tokens, each with one of 8 entities among noise of 16 symbols: one entity in three of the passages, three
 others once each. The answer is the entity that occurs most. 3 layers, D = 48, N = 4, spans of one token, 500 steps of 64
 with Adam at 2e-3. Four global tokens against none, where passages are read alone. Measured on 2048 fresh questions: the
-share whose best span is the answer, and, without global tokens, the share whose best string is, when the probabilities of
-equal strings add up.
+share whose best span is the answer, and the share whose best string is, when the probabilities of equal strings add up.
+A reader that finds every passage's entity and prefers none of them is right half the time by its best span, since three of
+six passages name the answer.
 """
 
 import functools
@@ -27,8 +28,7 @@ from train.claims import ClaimResult
 from train.claims.common import fit
 
 ENTITIES, NOISE, PASSAGES, LENGTH, TIMES = 8, 16, 6, 5, 3
-METHODS = {"fused, best span": 4, "alone, best span": 0}
-SUMMED = "alone, best string"
+METHODS = {"fused": 4, "alone": 0}
 
 
 class Reader(nnx.Module):
@@ -79,17 +79,16 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     """quick: a few steps, to see that it runs."""
     start = time.perf_counter()
     steps = 8 if quick else 500
-    values: dict[str, list[float]] = {name: [] for name in (*METHODS, SUMMED)}
+    values: dict[str, list[float]] = {f"{name}, best {what}": [] for name in METHODS for what in ("span", "string")}
     for seed in seeds:
         passages, answer = questions(jax.random.fold_in(jax.random.key(seed), 1), 2048)
         for name, n_global in METHODS.items():
             model = Reader(n_global, rngs=nnx.Rngs(seed))
             fit(model, loss, functools.partial(questions, batch=64), steps=steps, seed=seed)
             span, string = answers(model, passages)
-            values[name].append(float((span == answer).mean()))
-            if n_global == 0:
-                values[SUMMED].append(float((string == answer).mean()))
-    fused, alone = (values[name] for name in METHODS)
+            values[f"{name}, best span"].append(float((span == answer).mean()))
+            values[f"{name}, best string"].append(float((string == answer).mean()))
+    alone, good = values["alone, best span"], values["fused, best span"] + values["alone, best string"]
     return ClaimResult(
         key="fie",
         claim=(
@@ -100,7 +99,7 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
         seeds=seeds,
         values=values,
         margin="best span above 0.95 fused and below 0.6 alone; best string above 0.95 alone; with every seed",
-        reproduced=all(x > 0.95 for x in fused + values[SUMMED]) and all(x < 0.6 for x in alone),
+        reproduced=all(x > 0.95 for x in good) and all(x < 0.6 for x in alone),
         seconds=time.perf_counter() - start,
-        details={"steps": steps, "guessing among a question's entities": round(1 / (PASSAGES - TIMES + 1), 4)},
+        details={"steps": steps, "the entity of a random passage": TIMES / PASSAGES},
     )

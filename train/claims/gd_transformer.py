@@ -1,4 +1,4 @@
-"""The claim of paper 110: a segmenter whose attention falls with distance keeps its accuracy on longer text.
+"""The claim of paper 110: a segmenter whose attention falls with distance judges longer text better than one without.
 
 A language of 60 random words over 30 characters (1 to 4 long, Zipf frequencies), written without gaps. 2000 strings of 24
 characters to learn from; 500 fresh ones of 24 and of 72 characters to test on. 2 layers per encoder, D = 32, N = 4, no

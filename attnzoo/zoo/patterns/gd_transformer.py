@@ -47,13 +47,19 @@ DIRECTIONS = ("forward", "backward", "center")
 MERGES = ("add", "highway")
 
 
+def _check_sigma(sigma: float) -> None:
+    if not sigma > 0:
+        raise ValueError(f"sigma: must be positive, got {sigma}")
+
+
 def _tail(distance: Int[Array, "..."], sigma: float) -> Float[Array, "..."]:
     """2 Φ(-|d| / sigma) = erfc(|d| / (sigma √2))."""
+    _check_sigma(sigma)
     return jax.lax.erfc(jnp.abs(distance).astype(jnp.float32) / (sigma * 2**0.5))
 
 
 def gaussian_distance_weights(length: int, sigma: float = 4.0) -> Float[Array, "T"]:
-    """g(d) for d = 0, ..., length - 1; sigma is the standard deviation, not the variance."""
+    """g(d) for d = 0, ..., length - 1; sigma > 0 is the standard deviation, not the variance."""
     return _tail(jnp.arange(length), sigma)
 
 
@@ -67,8 +73,7 @@ class GaussianDistance(Score):
     sigma: float = 4.0
 
     def __post_init__(self) -> None:
-        if not self.sigma > 0:
-            raise ValueError(f"GaussianDistance: sigma must be positive, got {self.sigma}")
+        _check_sigma(self.sigma)
 
     def bind(self, g: Geometry) -> Bound:
         if not g.plain:
@@ -110,10 +115,11 @@ class GaussianMaskedAttention(GroupedQueryAttention):
             raise ValueError(f"direction: a causal mixer looks 'forward', got {direction!r}")
         super().__init__(dim, num_heads, causal=direction == "forward", rngs=rngs, **options)
         self.direction = direction
-        self.score = GaussianDistance(sigma) if gauss else None
+        _check_sigma(sigma)
+        self.sigma = sigma if gauss else None
 
     def attention_arguments(self) -> dict[str, Any]:
-        return {**super().attention_arguments(), "score": self.score}
+        return {**super().attention_arguments(), "score": None if self.sigma is None else GaussianDistance(self.sigma)}
 
     def _mask(self, mask: Any) -> Any:
         # k >= q is the opposite of k <= q - 1.
@@ -128,6 +134,7 @@ class GDTransformerEncoder(nnx.Module):
 
     dim, num_heads, num_layers, mlp_dim: D, N, L of each of the three encoders, and F (4·D by default).
     merge: "add" or "highway". gauss, sigma: as in `GaussianMaskedAttention`. dropout_rate: of what each part adds.
+    scan_layers, remat: as in `nn.stack.Stack`.
     dtype, param_dtype: of the computation and of the parameters.
     """
 
@@ -142,6 +149,8 @@ class GDTransformerEncoder(nnx.Module):
         gauss: bool = True,
         sigma: float = 4.0,
         dropout_rate: float = 0.1,
+        scan_layers: bool = False,
+        remat: str = "none",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -161,7 +170,10 @@ class GDTransformerEncoder(nnx.Module):
                 **options,
             )
 
-        self.stacks: Any = nnx.Dict(**{d: Stack(lambda _, d=d: layer(d), num_layers) for d in DIRECTIONS})  # type: ignore[misc]
+        self.stacks: Any = nnx.Dict({
+            d: Stack(lambda _, d=d: layer(d), num_layers, scan=scan_layers, remat=remat)  # type: ignore[misc]
+            for d in DIRECTIONS
+        })  # fmt: skip
         self.norms: Any = nnx.Dict(**{d: norm("layer", dim, **options) for d in DIRECTIONS})
         sides = ("forward", "backward") if merge == "highway" else ()
         self.gates: Any = nnx.Dict(**{d: linear(dim, dim, ("embed", "mlp"), use_bias=True, **options) for d in sides})
@@ -208,23 +220,41 @@ class BiaffineGapScorer(nnx.Module):
 
     def __call__(self, f: Float[Array, "B T D"], b: Float[Array, "B T D"]) -> Float[Array, "B T-1 C"]:
         """Gap t lies between characters t and t + 1."""
-        if f.shape != b.shape or f.shape[-2] < 2:
-            raise ValueError(f"f, b: one shape [B, T, D] with T at least 2 is needed, got {f.shape} and {b.shape}")
+        if f.shape != b.shape or f.ndim != 3:
+            raise ValueError(f"f, b: one shape [B, T, D] is needed, got {f.shape} and {b.shape}")
         h, d = self.dropout(self.head(f[:, :-1])), self.dropout(self.tail(b[:, 1:]))
         pairs = jnp.einsum("bth,chd,btd->btc", h, self.pairs[...].astype(h.dtype), d, preferred_element_type=jnp.float32)
         return pairs + self.pairs_bias[...] + self.each(jnp.concatenate([h, d], -1))
 
 
+def real_gaps(lengths: Int[Array, "B"], length: int) -> Bool[Array, "B T-1"]:
+    """True at the gaps between two real characters of right-padded rows of T = length."""
+    return jnp.arange(1, length) < jnp.asarray(lengths)[:, None]
+
+
 class GDSegmenter(nnx.Module):
     """characters [B, T] -> scores of "join" and "split" for every gap [B, T - 1, 2].
 
-    vocab_size: of characters. dim, options: as in `GDTransformerEncoder`.
+    vocab_size: of characters. dim, dtype, param_dtype, options: as in `GDTransformerEncoder`.
+
+    Trained by the cross-entropy of the gaps (`models.objectives.label_smoothed_ce`), of padded rows `where=real_gaps(...)`.
     """
 
-    def __init__(self, vocab_size: int, dim: int = 256, *, dropout_rate: float = 0.1, rngs: nnx.Rngs, **options: Any):
-        self.embed = Embed(vocab_size, dim, rngs=rngs)
-        self.encoder = GDTransformerEncoder(dim, dropout_rate=dropout_rate, rngs=rngs, **options)
-        self.scorer = BiaffineGapScorer(dim, dropout_rate=dropout_rate, rngs=rngs)
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 256,
+        *,
+        dropout_rate: float = 0.1,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.embed = Embed(vocab_size, dim, **shared)
+        self.encoder = GDTransformerEncoder(dim, dropout_rate=dropout_rate, **shared, **options)
+        self.scorer = BiaffineGapScorer(dim, dropout_rate=dropout_rate, **shared)
 
     def __call__(self, characters: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B T-1 2"]:
         """lengths: real characters of right-padded rows; gaps past them mean nothing."""
@@ -233,9 +263,7 @@ class GDSegmenter(nnx.Module):
     def segment(self, characters: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None) -> Bool[Array, "B T-1"]:
         """Whether a word ends between characters t and t + 1, greedily; False in the padding."""
         ends = self(characters, lengths).argmax(-1) == 1
-        if lengths is None:
-            return ends
-        return ends & (jnp.arange(1, characters.shape[1]) < jnp.asarray(lengths)[:, None])
+        return ends if lengths is None else ends & real_gaps(lengths, characters.shape[1])
 
 
 def _picture(axes: Any) -> None:
@@ -257,6 +285,7 @@ PAPER = Paper(
         GaussianMaskedAttention,
         GDTransformerEncoder,
         BiaffineGapScorer,
+        real_gaps,
         GDSegmenter,
     ),
     mixer=GaussianMaskedAttention,

@@ -1,5 +1,6 @@
 """Segmentation by attention in three directions under a Gaussian of distance (arXiv 1910.14537)."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from attnzoo.core.attention import attention
+from attnzoo.core.cache import append, cached_attention, init_cache
 from attnzoo.core.masks import Causal, Lengths
 from attnzoo.zoo.patterns.gd_transformer import (
     DIRECTIONS,
@@ -19,6 +21,7 @@ from attnzoo.zoo.patterns.gd_transformer import (
     GDSegmenter,
     GDTransformerEncoder,
     gaussian_distance_weights,
+    real_gaps,
 )
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
@@ -105,6 +108,12 @@ def test_positions_and_a_cache_measure_distance_too(x):
     factor = np.vectorize(lambda d: 2 * phi(-abs(d) / 4))(np.subtract.outer(where, where))
     expected = attention(q, k, v, mask=Causal(), score=lambda s, b, h, q, k: s * jnp.asarray(factor, jnp.float32)[q, k])
     np.testing.assert_allclose(spread, mixer("forward").out(expected), atol=1e-5)
+    # The last token over a cache that holds all of them at these positions.
+    cache = append(init_cache(B, T, mixer("forward").cache_spec()), {"k": k, "v": v})
+    cache = dataclasses.replace(cache, pos=jnp.broadcast_to(where, cache.pos.shape))
+    at = jnp.broadcast_to(where[-1:], (B, 1))
+    stepped = cached_attention(q[:, -1:], cache, q_positions=at, score=GaussianDistance())
+    np.testing.assert_allclose(stepped, expected[:, -1:], atol=1e-5)
 
 
 # --- directions ------------------------------------------------------------------------------------------
@@ -193,8 +202,24 @@ def test_segmenter(rng):
     made, ends = run(model, characters, lengths)
     np.testing.assert_allclose(made[1, :4], run(model, characters[:, :5], None)[0][1], atol=1e-5)
     np.testing.assert_array_equal(ends, np.where(np.arange(1, T) < lengths[:, None], made[..., 1] > made[..., 0], False))
+    np.testing.assert_array_equal(real_gaps(lengths, T).sum(1), lengths - 1)
+    assert model(characters[:, :1]).shape == (B, 0, 2)  # one character has no gap
     model.train()
     assert abs(run(model, characters, lengths)[0] - made).max() > 1e-3  # dropout
+
+
+def test_segmenter_options(rng):
+    """Precision reaches every part; layers may be scanned."""
+    low = GDSegmenter(V, D, num_heads=N, num_layers=1, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(low, nnx.Param))} == {jnp.dtype(jnp.bfloat16)}
+    characters = jnp.asarray(rng.integers(0, V, (B, T)))
+    assert low.embed(characters).dtype == jnp.bfloat16
+    run = nnx.jit(lambda model: model(characters))
+    plain, scanned = (
+        run(GDSegmenter(V, D, num_heads=N, num_layers=2, dropout_rate=0.0, rngs=nnx.Rngs(0), **options))
+        for options in ({}, {"scan_layers": True, "remat": "full"})
+    )
+    np.testing.assert_allclose(scanned, plain, atol=1e-5)
 
 
 def test_bad_input(x):
@@ -202,14 +227,16 @@ def test_bad_input(x):
         GaussianMaskedAttention(D, N, direction="foward", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"looks 'forward', got 'backward'"):
         GaussianMaskedAttention(D, N, causal=True, direction="backward", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="sigma must be positive, got 0"):
+    with pytest.raises(ValueError, match="sigma: must be positive, got 0"):
         GaussianDistance(0)
+    with pytest.raises(ValueError, match="sigma: must be positive, got 0"):
+        gaussian_distance_weights(T, 0)
     with pytest.raises(ValueError, match="memory"):
         mixer("center")(x, memory=x)
     with pytest.raises(ValueError, match="merge 'sum'"):
         GDTransformerEncoder(D, N, 1, merge="sum", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"T at least 2.*\(2, 1, 16\)"):
-        BiaffineGapScorer(D, rngs=nnx.Rngs(0))(x[:, :1], x[:, :1])
+    with pytest.raises(ValueError, match=r"f, b: one shape.*\(2, 8, 16\) and \(2, 7, 16\)"):
+        BiaffineGapScorer(D, rngs=nnx.Rngs(0))(x, x[:, 1:])
 
 
 # --- against torch ---------------------------------------------------------------------------------------
