@@ -45,7 +45,14 @@ class PmapTrainer(Trainer):
 
     def _compile(self) -> Callable[..., Any]:
         devices = list(self.mesh.devices.flat)
-        return jax.pmap(self._step, _AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
+        step = jax.pmap(self._step, _AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
+        nowhere = Mesh(np.empty((), object), ())  # a pmap makes its own mesh, and refuses to run within another
+
+        def run(*arguments: Any) -> Any:
+            with jax.set_mesh(nowhere):
+                return step(*arguments)
+
+        return run
 
     def _gradients(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
         gradients, after, metrics = super()._gradients(params, own_streams(rest), batch)
