@@ -42,7 +42,7 @@ def test_a_plan_s_mesh_is_the_whole_slice():
     [
         ("--config llm-8b --topology v5e:2x2", "unknown preset 'llm-8b': did you mean 'llm-7b' or 'llm-1b'"),
         ("--config llm-7b --topology v5e:16x17", "'v5e:16x16'.*Known of v5e: v5e:2x2, v5e:2x4"),
-        ("--config llm-7b --topology v9:2x2", "unknown topology 'v9:2x2'.*v4:2x2x1.*tpu7x:16x16x16"),
+        ("--config llm-7b --topology v9:2x2", "unknown topology 'v9:2x2'.*tpu7x:16x16x16.*v4:2x2x1.*v6e:8x8"),
         (f"{LINE} --mesh fsdp=64,tensor=2", r"fsdp=64 x tensor=2.*is 128 devices, and v5e:16x16 has 256"),
         (f"{LINE} --mesh fsdp=64,tensr=4", "unknown axis of --mesh 'tensr': did you mean 'tensor'"),
         (f"{LINE} --mesh fsdp=64,fsdp=4", "every axis once"),

@@ -14,6 +14,7 @@ from train.config import MeshConfig
 from train.plan import accounting, count
 from train.plan.hlo import Program, shapes_of
 from train.plan.memory import kept_by_loops, state_bytes
+from train.plan.tasks import Sizes, TextShapes
 from train.plan.traffic import memory_traffic
 from train.sharding import batch_sharding, make_mesh
 from train.tasks import make_task
@@ -209,9 +210,9 @@ def test_what_a_loop_keeps_for_the_backward_pass(tiny, replaced):
     kept = {}
     for remat in ("full", "none"):
         config = replaced(tiny, {**small, "model.remat": remat})
-        trainer = Trainer(make_task(config), config, make_mesh(MeshConfig()))
-        batch = {name: jax.ShapeDtypeStruct((2, 32), jnp.int32) for name in ("tokens", "targets")}
-        program = Program(trainer.trace(batch).lower().compile().as_text())
+        task = TextShapes(config, Sizes(vocab_size=64))
+        trainer = Trainer(task, config, make_mesh(MeshConfig()))
+        program = Program(trainer.trace(task.batch()).lower().compile().as_text())
         kept[remat] = kept_by_loops(program)
     assert kept["full"] == 3 * 2 * 32 * 16 * 4
     assert kept["none"] > 5 * kept["full"]
@@ -241,10 +242,9 @@ def test_state_bytes_are_those_of_the_arrays_on_a_device(tiny):
 def test_the_model_s_own_operations_follow_the_formula(tiny, replaced):
     """2 per token and weight of a matrix (the table once, as readout), and 4 T D per token and layer for attention."""
     config = replaced(tiny, {"model.num_layers": 2, "model.scan_layers": True, "model.remat": "full"})
-    task = make_task(config)
+    task = TextShapes(config, Sizes(vocab_size=64))
     trainer = Trainer(task, config, make_mesh(MeshConfig()))
-    batch = {name: jax.ShapeDtypeStruct((8, 32), jnp.int32) for name in ("tokens", "targets")}
     matrices = sum(x.size for x in jax.tree.leaves(trainer.abstract.params) if x.ndim > 2)
-    table = task.vocab_size * 16
+    table = 64 * 16
     tokens = 8 * 32
-    assert count.forward_flops(trainer, batch) == 2 * tokens * (matrices + table) + 4 * tokens * 32 * 16 * 2
+    assert count.forward_flops(trainer, task.batch()) == 2 * tokens * (matrices + table) + 4 * tokens * 32 * 16 * 2

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from attnzoo import catalog
 from attnzoo.errors import unknown
 from train.command_line import option, parse
 from train.config import Config, MeshConfig
@@ -95,6 +96,7 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     default = PlanCommand(settings, tyro.MISSING if name is None else name, tyro.MISSING)
     command = parse(PlanCommand, line, "plan", DESCRIPTION, default)
     config = command.settings
+    catalog.mixer(config.mixer)  # raises for an unknown one
     if taken:
         config = replace(config, mixer_args={**config.mixer_args, **parse_mixer_args(config.mixer, taken)})
     devices = device_count(command.topology)
