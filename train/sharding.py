@@ -25,6 +25,7 @@ RULES: dict[str | None, str | None] = {
     "vocab": "tensor",
     "head_dim": None,
     "layers": None,
+    "experts": None,
 }
 """Logical axis of a parameter -> mesh axis that it is divided over; axes without a rule stay whole."""
 

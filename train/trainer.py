@@ -158,7 +158,7 @@ class Trainer:
     def _gradients_at_once(self, params: nnx.State, rest: nnx.State, batch: Arrays) -> tuple[nnx.State, nnx.State, Arrays]:
         def loss(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Arrays]]:
             model = nnx.merge(self.graphdef, params, rest, copy=True)
-            with collecting() as found:
+            with collecting(batch.get("where")) as found:
                 value = self.task.loss(model, batch)
             metrics = {"loss": value, **{name: each.value for name, each in found.items()}}
             return value + objective(found), (nnx.state(model, nnx.Not(nnx.Param)), metrics)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnzoo.models.layers import layer_maker
 from attnzoo.models.lm import DecoderLM, LMConfig
@@ -22,6 +22,9 @@ class BAMConfig(LMConfig):
 
     ffn_experts: how many of them a layer has; None is a dense model. ffn_top_k: how many a token uses.
     The attention is `mixer`: "transformer" in dense models and BTX, "bam" in BAM.
+
+    Raises ValueError for other feed-forward networks, scanned layers, a top_k without experts, and remat with them: the
+    losses of routers are collected layer by layer.
     """
 
     norm: str = "layer"
@@ -36,6 +39,10 @@ class BAMConfig(LMConfig):
                 "mlp, use_bias, norm_first, scan_layers: parallel blocks have 'swiglu' networks without biases, one norm "
                 f"first, and are not scanned; got {self.mlp!r}, {self.use_bias}, {self.norm_first}, {self.scan_layers}"
             )
+        if self.ffn_experts is None and self.ffn_top_k != 1:
+            raise ValueError(f"ffn_top_k: of ffn_experts, and there are none; got {self.ffn_top_k}")
+        if self.ffn_experts is not None and self.remat != "none":
+            raise ValueError(f"remat: models with ffn_experts keep what they compute, so 'none' is needed; got {self.remat!r}")
 
 
 class BAMLM(DecoderLM):
@@ -58,6 +65,7 @@ class BAMLM(DecoderLM):
                     config.ffn_experts,
                     top_k=config.ffn_top_k,
                     router_init=config.router_init,
+                    dropout_rate=config.mlp_dropout_rate,
                     rngs=rngs,
                     **config.dtypes,
                 )
@@ -66,20 +74,38 @@ class BAMLM(DecoderLM):
 
         return make
 
-    def with_router_losses(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], Float[Array, ""], Float[Array, ""]]:
-        """(logits, Σ_layers L_LB, Σ_layers L_z) of a model with feed-forward experts."""
-        with collecting() as found:
+    def with_router_losses(
+        self, tokens: Int[Array, "B T"], *, where: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T V"], Float[Array, ""], Float[Array, ""]]:
+        """(logits, Σ_layers L_LB, Σ_layers L_z) of a model with feed-forward experts. where: tokens that routers count.
+
+        Raises ValueError for a dense model.
+        """
+        if self.config.ffn_experts is None:
+            raise ValueError("ffn_experts: a dense model has no routers; call it, or build it with ffn_experts")
+        with collecting(where) as found:
             logits = self(tokens)
         return logits, found["expert_balance"].value, found["expert_router_z"].value
 
 
-def bam_loss(model: BAMLM, tokens: Int[Array, "B T"], *, alpha: float = ALPHA, beta: float = BETA) -> Float[Array, ""]:
-    """Next-token cross-entropy in nats + alpha Σ L_LB + beta Σ L_z; of a dense model the cross-entropy alone."""
+def bam_loss(
+    model: BAMLM,
+    tokens: Int[Array, "B T"],
+    *,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    where: Bool[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
+    """Next-token cross-entropy in nats + alpha Σ L_LB + beta Σ L_z; of a dense model the cross-entropy alone.
+
+    where: tokens to be predicted; routers count those that predict them.
+    """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    counted = None if where is None else where[:, 1:]
     if model.config.ffn_experts is None:
-        return label_smoothed_ce(model(inputs), targets, smoothing=0.0)
-    logits, balance, z = model.with_router_losses(inputs)
-    return label_smoothed_ce(logits, targets, smoothing=0.0) + alpha * balance + beta * z
+        return label_smoothed_ce(model(inputs), targets, smoothing=0.0, where=counted)
+    logits, balance, z = model.with_router_losses(inputs, where=counted)
+    return label_smoothed_ce(logits, targets, smoothing=0.0, where=counted) + alpha * balance + beta * z
 
 
 def bam_upcycle(
@@ -96,8 +122,11 @@ def bam_upcycle(
 
     Attention and feed-forward networks are copied, embeddings, norms and readout averaged over all E; routers are new.
     variant, routing, router_init: as in `SoftMixtureOfAttention`. top_k: of the feed-forward router.
-    Raises ValueError for models that are not dense or differ in their configuration.
+    Raises ValueError for models that are not dense or differ in their configuration, for a mixer other than "transformer",
+    and for learned positions of mixers that have a row per head.
     """
+    if seed.config.mixer != "transformer":
+        raise ValueError(f"seed: its mixer becomes an expert only if it is 'transformer', got {seed.config.mixer!r}")
     args = {"num_experts": 1 + len(experts), "variant": variant, "routing": routing, "router_init": router_init}
     made, layers = _mixture(seed, experts, top_k, router_init, rngs, mixer="bam", mixer_args={**seed.config.mixer_args, **args})
     for layer, sources in layers:
@@ -123,9 +152,16 @@ def _mixture(
             raise ValueError(f"experts: dense models of one configuration are needed, {seed.config}; got {model.config}")
     options: dict[str, Any] = {"ffn_experts": len(dense), "ffn_top_k": top_k, "router_init": router_init, **changes}
     made = BAMLM(dataclasses.replace(seed.config, **options), rngs=rngs)
-    mean = dict(nnx.to_flat_state(average_params([nnx.state(model, nnx.Param) for model in dense])))
-    ours = nnx.to_flat_state(nnx.state(made, nnx.Param))
-    common = [(path, mean[path]) for path, leaf in ours if path in mean and mean[path].shape == leaf.shape]
+    sources = [dict(nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))) for model in dense]
+    common = []
+    for path, leaf in nnx.to_flat_state(nnx.state(made, nnx.Not(nnx.RngState))):
+        first = sources[0].get(path)
+        if first is not None and first.shape == leaf.shape:
+            # Tables that are not trained, as of positions, are one for all branches.
+            common.append((path, average_params([s[path] for s in sources]) if isinstance(leaf, nnx.Param) else first))
+        elif not {"router", "feed_forward", "qkv", "out"} & set(path):
+            got = "nothing" if first is None else first.shape
+            raise ValueError(f"seed: {'.'.join(map(str, path))} of the mixture is {leaf.shape}, and the seed has {got} there")
     nnx.update(made, nnx.from_flat_state(common))
     layers: list[Any] = list(zip(made.layers.runs, zip(*(m.layers.runs for m in dense), strict=True), strict=True))
     for layer, sources in layers:

@@ -36,6 +36,8 @@ class LuongConfig:
     attention: "global", "local-m", "local-p", or "none" (the decoder then knows the source by its first state alone).
     attention_args: its own arguments, e.g. {"score": "dot"}.
     input_feeding: whether the attentional state of a step is part of the next step's input.
+
+    Raises ValueError for an unknown attention, arguments for none, and fewer than one layer.
     """
 
     vocab_size: int
@@ -52,6 +54,10 @@ class LuongConfig:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTIONS:
             raise unknown("attention", self.attention, ATTENTIONS)
+        if self.attention == "none" and self.attention_args:
+            raise ValueError(f"attention_args: attention 'none' takes none, got {dict(self.attention_args)}")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers: must be at least 1, got {self.num_layers}")
         object.__setattr__(self, "attention_args", Arguments(self.attention_args))
 
     @property
@@ -63,12 +69,13 @@ class LuongConfig:
 @dataclasses.dataclass(frozen=True)
 class LuongCache:
     """What decoding remembers: the LSTM states, the last attentional state h~, the source's states with a mask that is True
-    at its real tokens, and the target tokens each row has seen."""
+    at its real tokens, what a "concat" score makes of them, and the target tokens each row has seen."""
 
     states: list[State]
     attentional: Float[Array, "B D"]
     source: Float[Array, "B S D"]
     source_mask: Bool[Array, "B S"]
+    of_source: Float[Array, "B S A"] | None
     seen: Int[Array, "B"]
 
 
@@ -122,7 +129,8 @@ class LuongDecoder(nnx.Module):
         if self.attention is None:
             a_t = jnp.zeros(cache.source_mask.shape)
         else:
-            h_t, a_t = self.attention(h_t, cache.source, mask=cache.source_mask, t=cache.seen)
+            source = {"mask": cache.source_mask, "of_source": cache.of_source}
+            h_t, a_t = self.attention(h_t, cache.source, t=cache.seen, **source)
         return h_t, a_t, _moved(cache, (states, h_t, cache.seen + 1))
 
     def scan(
@@ -197,7 +205,10 @@ class LuongSeq2Seq(nnx.Module):
 
         batch = source.shape[0]
         states, h_s = jax.lax.scan(body, self.encoder.zeros(batch, x.dtype), (jnp.moveaxis(x, 1, 0), mask.T))
-        return LuongCache(states, jnp.zeros_like(h_s[0]), jnp.moveaxis(h_s, 0, 1), mask, jnp.zeros(batch, jnp.int32))
+        attentional, h_s = jnp.zeros_like(h_s[0]), jnp.moveaxis(h_s, 0, 1)
+        attention = self.decoder.attention
+        of_source = None if attention is None else attention.of_source(h_s)
+        return LuongCache(states, attentional, h_s, mask, of_source, jnp.zeros(batch, jnp.int32))
 
     def prefill(
         self, target: Int[Array, "B T"], cache: LuongCache, lengths: Int[Array, "B"] | None = None
@@ -207,7 +218,9 @@ class LuongSeq2Seq(nnx.Module):
         return self.decoder.readout.attend(h), cache
 
     def step(self, target: Int[Array, "B 1"], cache: LuongCache) -> tuple[Float[Array, "B 1 V"], LuongCache]:
-        """(logits, cache) of one more target token per row."""
+        """(logits, cache) of one more target token per row. Raises ValueError for more than one."""
+        if target.ndim != 2 or target.shape[1] != 1:
+            raise ValueError(f"target: a step takes one token per row, [B, 1], got {target.shape}; `prefill` takes more")
         h_t, _, cache = self.decoder.step(target[:, 0], cache)
         return self.decoder.readout.attend(h_t)[:, None], cache
 

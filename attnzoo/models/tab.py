@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from attnzoo.models.layers import LayerConfig, layer_maker
-from attnzoo.nn.linear import linear, named
+from attnzoo.nn.linear import dropout, linear, named
 from attnzoo.nn.norms import norm
 from attnzoo.nn.stack import Stack
 from attnzoo.zoo.control.tab import TABLayer, TABMap
@@ -19,7 +19,7 @@ class TABChangeConfig(LayerConfig):
     """What is different between two images; further fields as in `LayerConfig`, for the joint layers.
 
     num_patches: P. channels: numbers per patch. num_classes: logits per pair.
-    gate, skip: of the bottleneck, as in `TABLayer`.
+    gate, skip, strict: of the bottleneck, as in `TABLayer`.
     """
 
     num_patches: int = 9
@@ -32,6 +32,7 @@ class TABChangeConfig(LayerConfig):
     positions: str = "learned"
     gate: bool = True
     skip: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,17 +52,17 @@ class TABChangeModel(nnx.Module):
         self.patches = linear(config.channels, dim, (None, "embed"), use_bias=True, rngs=rngs, **dtypes)
 
         def table(rows: int) -> nnx.Param:
-            # Of unit variance: with small positions the network compares what both images hold, not where, and its map
-            # never learns to point.
+            # Of unit variance, so that where a patch lies counts as much as what it holds.
             init = nnx.initializers.normal(1.0)
             return nnx.Param(init(rngs.params(), (rows, dim), config.param_dtype), **named(None, "embed"))
 
         # Positions within an image, alike on both sides, the first of which is the CLS token; and what tells the sides apart.
         self.positions, self.joint_positions = table(1 + config.num_patches), table(2 * (1 + config.num_patches))
         self.in_norm, self.out_norm = (norm(config.norm, dim, rngs=rngs, **dtypes) for _ in range(2))
-        options: dict[str, Any] = {"scan": config.scan_layers, "remat": config.remat}
-        self.layers = Stack(layer_maker(config, rngs, causal=False), config.num_layers, **options)
-        self.tab = TABLayer(dim, gate=config.gate, skip=config.skip, rngs=rngs, **dtypes)
+        self.dropout = dropout(config.dropout_rate, rngs)
+        make = layer_maker(config, rngs, causal=False)
+        self.layers = Stack(make, config.num_layers, scan=config.scan_layers, remat=config.remat)
+        self.tab = TABLayer(dim, gate=config.gate, skip=config.skip, strict=config.strict, rngs=rngs, **dtypes)
         self.head = linear(2 * dim, config.num_classes, ("embed", None), use_bias=True, rngs=rngs, **dtypes)
 
     def joint(self, left: Float[Array, "B P C"], right: Float[Array, "B P C"]) -> tuple[Array, Array]:
@@ -73,7 +74,7 @@ class TABChangeModel(nnx.Module):
             )
         tokens = [jnp.pad(self.patches(image), ((0, 0), (1, 0), (0, 0))) for image in (left, right)]
         x = jnp.concatenate([image + self.positions[...].astype(image.dtype) for image in tokens], axis=1)
-        x = self.layers(self.in_norm(x + self.joint_positions[...].astype(x.dtype)))
+        x = self.layers(self.dropout(self.in_norm(x + self.joint_positions[...].astype(x.dtype))))
         return x[:, : 1 + want[0]], x[:, 1 + want[0] :]
 
     def __call__(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 @jax.tree_util.register_dataclass
@@ -41,18 +41,32 @@ class AuxiliaryLoss:
 
 Found = dict[str, AuxiliaryLoss]
 
+_COUNTED: contextvars.ContextVar[Bool[Array, "..."] | None] = contextvars.ContextVar("counted_tokens", default=None)
 _FOUND: contextvars.ContextVar[Found | None] = contextvars.ContextVar("auxiliary_losses", default=None)
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[Found]:
-    """Within it, what parts report is kept in the dict that it gives, by name."""
+def collecting(where: Bool[Array, "..."] | None = None) -> Iterator[Found]:
+    """Within it, what parts report is kept in the dict that it gives, by name.
+
+    where: True at the tokens that losses over tokens count; all by default.
+    """
     found: Found = {}
-    token = _FOUND.set(found)
+    tokens = _FOUND.set(found), _COUNTED.set(where)
     try:
         yield found
     finally:
-        _FOUND.reset(token)
+        _FOUND.reset(tokens[0])
+        _COUNTED.reset(tokens[1])
+
+
+def counted_tokens(shape: tuple[int, ...]) -> Bool[Array, "n"] | None:
+    """Which of the tokens, [*shape] read row by row, count in losses over tokens; None: all, or nobody said.
+
+    Tokens of another shape (patches, a memory) count all.
+    """
+    where = _COUNTED.get()
+    return None if where is None or where.shape != shape else where.astype(bool).reshape(-1)
 
 
 def objective(found: Mapping[str, AuxiliaryLoss]) -> Float[Array, ""]:
@@ -76,14 +90,16 @@ def kept_apart() -> Iterator[Found]:
     if _FOUND.get() is None:
         yield {}
     else:
-        with collecting() as found:
+        with collecting(_COUNTED.get()) as found:
             yield found
 
 
 def pass_on(found: Mapping[str, AuxiliaryLoss]) -> None:
     """Reports what was kept apart; values of scanned layers [L, ...] are those of L layers."""
     known = _FOUND.get()
-    for name, loss in found.items() if known is not None else ():
+    if known is None:
+        return
+    for name, loss in found.items():
         values = loss.values.reshape(-1)
         before = known.get(name)
         if before is not None:

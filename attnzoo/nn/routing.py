@@ -24,10 +24,8 @@ def load_balance_loss(
     where: tokens that count (not padding); all by default.
     Raises ValueError for shapes that differ.
     """
-    tokens = probabilities.shape[:-1]
-    if active.shape != probabilities.shape or (where is not None and where.shape != tokens):
-        given = f"active {active.shape}" + ("" if where is None else f", where {where.shape}")
-        raise ValueError(f"active, where: probabilities {probabilities.shape} need the same, and {tokens}; got {given}")
+    if active.shape != probabilities.shape:
+        raise ValueError(f"active: needs the shape of probabilities {probabilities.shape}, got active {active.shape}")
     P, f = (mean_over_tokens(x, where) for x in (probabilities, active))
     return probabilities.shape[-1] * (P * f).sum()
 
@@ -42,7 +40,12 @@ def router_z_loss(logits: Float[Array, "*B E"], *, where: Bool[Array, "*B"] | No
 
 
 def mean_over_tokens(x: Array, where: Bool[Array, "*B"] | None = None) -> Float[Array, "E"]:
-    """x [*B, E] averaged over the tokens that count, in float32; 0 where none does."""
+    """x [*B, E] averaged over the tokens that count, in float32; 0 where none does.
+
+    Raises ValueError for a `where` that does not have one entry per token.
+    """
+    if where is not None and where.shape != x.shape[:-1]:
+        raise ValueError(f"where: needs an entry per row, {x.shape[:-1]}; got {where.shape}")
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if where is None:
         return flat.mean(axis=0)

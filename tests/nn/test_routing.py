@@ -32,3 +32,6 @@ def test_nobody_counts():
 def test_shapes_that_differ_are_said():
     with pytest.raises(ValueError, match=r"probabilities \(3, 2\).*active \(3, 4\)"):
         load_balance_loss(jnp.zeros((3, 2)), jnp.zeros((3, 4), bool))
+    for where in (jnp.ones(1, bool), jnp.ones((3, 2), bool)):  # one entry would broadcast, and give the sum
+        with pytest.raises(ValueError, match=r"where: needs an entry per row, \(3,\); got"):
+            router_z_loss(jnp.zeros((3, 2)), where=where)

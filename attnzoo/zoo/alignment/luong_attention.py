@@ -21,7 +21,8 @@ normalised again. The floor has no derivative: W_p and v_p learn through the Gau
 With input feeding the decoder's input at step t is [embedding; h~_{t-1}], so training is sequential in t as decoding is:
 `attnzoo.models.luong` scans.
 
-Costs: S D multiply-adds per target token for the score and as many for c_t; (2 D_w + 1) D each when local.
+Costs: S D multiply-adds per target token for the score and as many for c_t; (2 D_w + 1) D each when local. "general" and
+"concat" add D² for W_a h_t, and "concat" S D² once per source for its half of W_a.
 
 The window, sigma and p_t in [0, S - 1] (the paper writes S · sigmoid) follow the authors' Matlab code.
 """
@@ -35,6 +36,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from attnzoo.core.cells import concrete
 from attnzoo.core.weights import softmax_rows
 from attnzoo.errors import unknown
 from attnzoo.nn.linear import linear, named
@@ -51,34 +53,40 @@ def luong_score(
     w_a: Float[Array, "..."] | None = None,
     v_a: Float[Array, " A"] | None = None,
     source_identity: bool = False,
+    of_source: Float[Array, "*#B S A"] | None = None,
 ) -> Float[Array, "*B S"]:
     """The score of every source state, in float32.
 
     kind: of `SCORES`. w_a: W_a, [D, D] for "general", [A, 2D] for "concat" (columns of h_t first), [S_max, D] with
     S <= S_max for "location". v_a: for "concat".
     source_identity: "concat" as the authors' code has it, v_a · tanh(W_a h_t + h_s) with W_a [D, D].
-    Raises ValueError for an unknown kind, and parameters that are missing or have another shape.
+    of_source: of "concat", W_a's half of the source states, h_s W_a[:, D:]ᵀ, where it has been computed before.
+    Raises ValueError for an unknown kind, and parameters that are missing, have another shape or no use.
     """
     if kind not in SCORES:
         raise unknown("score", kind, SCORES)
     dim, source = h_s.shape[-1], h_s.shape[-2]
     if h_t.shape[-1] != dim:
         raise ValueError(f"h_t, h_s: states must have one width, got {h_t.shape} and {h_s.shape}")
+    w_shape, v_shape = (None if p is None else jnp.shape(p) for p in (w_a, v_a))
+    if (kind == "dot" and w_a is not None) or (kind != "concat" and v_a is not None):
+        raise ValueError(f"w_a, v_a: 'dot' has neither and v_a is of 'concat' alone; got {w_shape} and {v_shape} with {kind!r}")
     if kind == "dot":
         return _read(h_t, h_s)
     w, v = (jnp.zeros(0) if p is None else jnp.asarray(p) for p in (w_a, v_a))
     if kind == "location":
         if w.ndim != 2 or w.shape[0] < source or w.shape[1] != dim:
-            raise ValueError(f"w_a: 'location' needs [S_max, D] with S_max >= {source} and D = {dim}, got {w.shape}")
+            raise ValueError(f"w_a: 'location' needs [S_max, D] with S_max >= {source} and D = {dim}, got {w_shape}")
         return jnp.matmul(h_t, w[:source].T, preferred_element_type=jnp.float32)
     if kind == "general":
         if w.shape != (dim, dim):
-            raise ValueError(f"w_a: 'general' needs [D, D] = {(dim, dim)}, got {w.shape}")
+            raise ValueError(f"w_a: 'general' needs [D, D] = {(dim, dim)}, got {w_shape}")
         return _read(h_t @ w, h_s)
     rows, columns = (dim, dim) if source_identity else (v.size, 2 * dim)
     if v.shape != (rows,) or w.shape != (rows, columns):
-        raise ValueError(f"w_a, v_a: 'concat' needs [A, {columns}] and [A], here A = {rows}; got {w.shape} and {v.shape}")
-    of_source = h_s if source_identity else h_s @ w[:, dim:].T
+        raise ValueError(f"w_a, v_a: 'concat' needs [A, {columns}] and [A], here A = {rows}; got {w_shape} and {v_shape}")
+    if of_source is None:
+        of_source = h_s if source_identity else h_s @ w[:, dim:].T
     hidden = jnp.tanh((h_t @ w[:, :dim].T)[..., None, :] + of_source)
     return jnp.matmul(hidden, v, preferred_element_type=jnp.float32)
 
@@ -140,24 +148,42 @@ class GlobalAttention(nnx.Module):
         *,
         mask: Bool[Array, "*#B S"] | None = None,
         t: int | Int[Array, "*#B"] = 0,
+        of_source: Float[Array, "*#B S A"] | None = None,
     ) -> tuple[Float[Array, "*B D"], Float[Array, "*B S"]]:
-        """mask: True at real source tokens, which come first. t: the step, counted from 0, for local-m."""
+        """mask: True at real source tokens, which come first. t: the step, counted from 0, for local-m.
+
+        of_source: what `of_source` made of h_s, once for all steps.
+        Raises ValueError for a mask of another length; local ones also for real tokens after padding, unless it is traced.
+        """
         if mask is None:
             mask = jnp.ones(h_s.shape[:-1], bool)
         elif mask.shape[-1] != h_s.shape[-2]:
             raise ValueError(f"mask: one entry per source state of {h_s.shape} is needed, got {mask.shape}")
         h_t, h_s = (x if self.dtype is None else x.astype(self.dtype) for x in (h_t, h_s))
-        c_t, a_t = self.attend(h_t, h_s, mask, t)
+        of_source = self.of_source(h_s) if of_source is None else of_source
+        c_t, a_t = self.attend(h_t, h_s, mask, t, of_source)
         return jnp.tanh(self.w_c(jnp.concatenate([c_t.astype(h_t.dtype), h_t], -1))), a_t
 
-    def score(self, h_t: Float[Array, "*B D"], h_s: Float[Array, "*#B S D"]) -> Float[Array, "*B S"]:
+    def of_source(self, h_s: Float[Array, "*B S D"]) -> Float[Array, "*B S A"] | None:
+        """What the score needs of the source and no step changes: "concat"'s half of W_a; None for the others."""
+        if self.kind != "concat" or self.source_identity or self.w_a is None:
+            return None
+        h_s = h_s if self.dtype is None else h_s.astype(self.dtype)
+        return h_s @ self.w_a[:, h_s.shape[-1] :].astype(h_s.dtype).T
+
+    def score(
+        self, h_t: Float[Array, "*B D"], h_s: Float[Array, "*#B S D"], of_source: Float[Array, "*#B S A"] | None = None
+    ) -> Float[Array, "*B S"]:
         """`luong_score` with the parameters of this attention."""
         w_a, v_a = (None if p is None else p[...].astype(h_t.dtype) for p in (self.w_a, self.v_a))
-        return luong_score(h_t, h_s, self.kind, w_a=w_a, v_a=v_a, source_identity=self.source_identity)
+        known = {"source_identity": self.source_identity, "of_source": of_source}
+        return luong_score(h_t, h_s, self.kind, w_a=w_a, v_a=v_a, **known)
 
-    def attend(self, h_t: Array, h_s: Array, mask: Array, t: Any) -> tuple[Float[Array, "*B D"], Float[Array, "*B S"]]:
+    def attend(
+        self, h_t: Array, h_s: Array, mask: Array, t: Any, of_source: Array | None = None
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B S"]]:
         """(c_t, a_t) in float32."""
-        a_t = softmax_rows(self.score(h_t, h_s), mask)[0]
+        a_t = softmax_rows(self.score(h_t, h_s, of_source), mask)[0]
         return _mean(a_t, h_s), a_t
 
 
@@ -186,15 +212,26 @@ class LocalMonotonicAttention(GlobalAttention):
         """Weights of the window. offset: s - p_t."""
         return softmax_rows(logits, ok)[0]
 
-    def attend(self, h_t: Array, h_s: Array, mask: Array, t: Any) -> tuple[Float[Array, "*B D"], Float[Array, "*B S"]]:
+    def attend(
+        self, h_t: Array, h_s: Array, mask: Array, t: Any, of_source: Array | None = None
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B S"]]:
+        known = concrete(mask)
+        if known is not None and (known[..., 1:] & ~known[..., :-1]).any():
+            raise ValueError("mask: local attention counts positions from the first token, so real tokens must come first")
         source = h_s.shape[-2]
         p_t = self.position(h_t, jnp.maximum(mask.sum(-1) - 1, 0), t)
         first = jnp.floor(p_t).astype(jnp.int32)[..., None] - self.window
         at = first + jnp.arange(2 * self.window + 1)
         near = jnp.clip(at, 0, source - 1)
         ok = (at == near) & jnp.take_along_axis(jnp.broadcast_to(mask, (*at.shape[:-1], source)), near, -1)
-        h_w = jnp.take_along_axis(h_s, near[..., None], -2)
-        a_w = self.weigh(self.score(h_t, h_w), ok, at - p_t[..., None])
+
+        def gathered(states: Array) -> Array:
+            states = states.reshape(*(1,) * (at.ndim + 1 - states.ndim), *states.shape)
+            return jnp.take_along_axis(states, near[..., None], -2)
+
+        h_w = gathered(h_s)
+        score = self.score(h_t, h_w, None if of_source is None else gathered(of_source))
+        a_w = self.weigh(score, ok, at - p_t[..., None])
         place = jnp.arange(source) - first  # of each source state in the window
         inside = jnp.clip(place, 0, 2 * self.window)
         return _mean(a_w, h_w), jnp.where(place == inside, jnp.take_along_axis(a_w, inside, -1), 0)
@@ -294,9 +331,12 @@ PAPER = Paper(
     ),
     picture=draw_window,
     costs={
-        "multiply-adds per target token, global": "2 * S * D",
-        "multiply-adds per target token, local": "2 * (2 * D_w + 1) * D",
+        "multiply-adds of scores and c_t per target token, global": "2 * S * D",
+        "multiply-adds of scores and c_t per target token, local": "2 * (2 * D_w + 1) * D",
+        "multiply-adds of W_a per target token (general, concat)": "D * D",
+        "multiply-adds of W_a once per source (concat)": "S * D * D",
         "numbers kept while decoding": "S * D + (2 * L + 1) * D",
+        "numbers kept while decoding (concat)": "2 * S * D + (2 * L + 1) * D",
     },
     code="lmthang/nmt.matlab, OpenNMT-py",
     parity=(

@@ -17,29 +17,30 @@ MoA is computed as one attention of E·N heads whose outputs are gated before on
 Losses: L = NLL + Σ_layers (alpha L_LB + beta L_z) of the feed-forward router, L_LB = E Σ_i f_i P_i with f_i the share of
 tokens whose first choice is i, L_z = mean (logsumexp of the logits)². None for the attention router: it cannot starve.
 
-Costs: E times the attention of a dense model, k times its feed-forward. Per token and layer the cache is 2 E K H numbers
+Costs: E times the attention of a dense model, k times its feed-forward (E times on a CPU, where `jax.lax.ragged_dot` multiplies
+every row by every expert). Per token and layer the cache is 2 E K H numbers
 with "kv_experts" and 2 K H with "kv_shared". Models, upcycling and the BTX baseline: `attnzoo.models.bam`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from attnzoo.core.positions import RoPE
 from attnzoo.errors import unknown
-from attnzoo.nn.auxiliary import auxiliary_loss
+from attnzoo.nn.auxiliary import auxiliary_loss, counted_tokens
 from attnzoo.nn.block import Block
 from attnzoo.nn.feed_forward import SwiGLU
-from attnzoo.nn.linear import head_counts, linear, named
+from attnzoo.nn.linear import dropout, head_counts, linear, named
 from attnzoo.nn.mixer import Mixer
 from attnzoo.nn.routing import load_balance_loss, router_z_loss, top_k_mask
 from attnzoo.paper import Paper
-from attnzoo.zoo.projections.transformer import GroupedQueryAttention
+from attnzoo.zoo.projections.transformer import GroupedQueryAttention, plain
 
 VARIANTS = ("kv_experts", "kv_shared")
 ROUTINGS = ("soft", "top1", "top2")
@@ -57,8 +58,13 @@ def branch(seed: Model, count: int) -> list[Model]:
 
 
 def average_params(states: Sequence[PyTree]) -> PyTree:
-    """The mean of parameters of the same structure, leaf by leaf."""
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *states)
+    """The mean of parameters of the same structure, leaf by leaf; summed at least in float32, in their dtype."""
+
+    def mean(*leaves: Array) -> Array:
+        wide = jnp.promote_types(leaves[0].dtype, jnp.float32)
+        return (sum(leaf.astype(wide) for leaf in leaves) / len(leaves)).astype(leaves[0].dtype)
+
+    return jax.tree.map(mean, *states)
 
 
 def _router(dim: int, num_experts: int, init: str, **options: Any) -> nnx.LinearGeneral:
@@ -74,7 +80,8 @@ class SoftMixtureOfAttention(GroupedQueryAttention):
     num_experts: E. variant: "kv_experts" or "kv_shared".
     routing: "soft"; "top1" or "top2" keep only the largest gates.
     router_init: "normal" (0.02) or "zeros", which starts with uniform gates.
-    Further arguments as in `GroupedQueryAttention`. Masks and scores that differ by head see E·N of them.
+    Further arguments as in `GroupedQueryAttention`, which also takes use_bias, kernel_init and precision: not here. Masks and
+    scores that differ by head see E·N of them.
 
     Raises ValueError for head counts that do not divide, unknown names, and more chosen experts than there are.
     """
@@ -124,6 +131,11 @@ class SoftMixtureOfAttention(GroupedQueryAttention):
         one = {"num_kv_heads": kv_heads, "head_dim": head_dim, **options}
         self.load([GroupedQueryAttention(dim, num_heads, **one) for _ in range(num_experts)])
 
+    @classmethod
+    def like(cls, mixer: GroupedQueryAttention, **own: Any) -> Self:
+        """A mixture is made of E mixers, not like one: build it, and `load` them. Raises TypeError."""
+        raise TypeError(f"mixer: {cls.__name__} is made of several mixers; build it and give them to `load`")
+
     def _side_by_side(self, axis: int) -> Callable[..., Array]:
         """How the heads of E kernels lie along `axis`: expert by expert; with shared keys, by the key head they read."""
 
@@ -140,21 +152,26 @@ class SoftMixtureOfAttention(GroupedQueryAttention):
     def load(self, experts: Sequence[GroupedQueryAttention]) -> None:
         """Takes the matrices of E dense mixers; with "kv_shared" the mean of their W_K and W_V. In place.
 
-        Raises ValueError for another number of experts, other shapes, and experts with biases.
+        Raises TypeError for mixers that are not plain, ValueError for another number of experts, other shapes, and biases.
         """
+        if len(experts) != self.num_experts:
+            raise ValueError(f"experts: needs {self.num_experts} mixers, got {len(experts)}")
+        for mixer in experts:
+            plain(mixer)
         mixed = self.variant == "kv_shared"
         ours = [self.qkv.query, self.qkv.key, self.qkv.value, self.out]
         theirs = [(m.qkv.query, m.qkv.key, m.qkv.value, m.out) for m in experts]
         mean = lambda *kernels: average_params(kernels)  # noqa: E731
         joins = [self._side_by_side(1)] + [mean if mixed else self._side_by_side(1)] * 2 + [self._side_by_side(0)]
-        if len(experts) != self.num_experts or any(part.use_bias for parts in theirs for part in parts):
-            raise ValueError(f"experts: needs {self.num_experts} mixers without biases, got {len(experts)} or with biases")
+        if any(part.use_bias for parts in theirs for part in parts):
+            raise ValueError("experts: needs mixers built with use_bias=False")
         heads, kv_heads = len(self.out.kernel[...]) // self.num_experts, self.qkv.num_kv_heads
-        want = (heads, kv_heads if mixed else kv_heads // self.num_experts, self.qkv.head_dim)
+        dim = self.qkv.query.in_features[0]
+        want = (dim, heads, kv_heads if mixed else kv_heads // self.num_experts, self.qkv.head_dim)
         for mixer in experts:
-            got = (mixer.qkv.num_heads, mixer.qkv.num_kv_heads, mixer.qkv.head_dim)
+            got = (mixer.qkv.query.in_features[0], mixer.qkv.num_heads, mixer.qkv.num_kv_heads, mixer.qkv.head_dim)
             if got != want:
-                raise ValueError(f"experts: needs mixers with (N, K, H) = {want}, got {got}")
+                raise ValueError(f"experts: needs mixers with (D, N, K, H) = {want}, got {got}")
         for part, join, dense in zip(ours, joins, zip(*theirs, strict=True), strict=True):
             part.kernel[...] = join(*(expert.kernel[...] for expert in dense))
 
@@ -177,17 +194,20 @@ class FFNRouting(NamedTuple):
     logits: Float[Array, "*B E"]
     probabilities: Float[Array, "*B E"]
 
-    def losses(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """(L_LB, L_z)."""
+    def losses(self, where: Bool[Array, "*B"] | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """(L_LB, L_z). where: tokens that count; all by default."""
         first = top_k_mask(self.probabilities, 1)
-        return load_balance_loss(self.probabilities, first), router_z_loss(self.logits)
+        return load_balance_loss(self.probabilities, first, where=where), router_z_loss(self.logits, where=where)
 
 
 class MoEFFN(nnx.Module):
-    """Σ_{i in top-k} p_i FFN_i(u) with SwiGLU networks, [*B, D] -> [*B, D]; only the chosen ones are computed.
+    """Σ_{i in top-k} p_i FFN_i(u) with SwiGLU networks, [*B, D] -> [*B, D].
 
     hidden: F of one expert. num_experts: E. top_k: k. router_init: as in `SoftMixtureOfAttention`.
+    dropout_rate: of hidden units.
     Training adds alpha L_LB ("expert_balance") and beta L_z ("expert_router_z"), see `nn.auxiliary`.
+    Rows are sorted by expert and given to `jax.lax.ragged_dot`, which computes the chosen experts alone on accelerators; on
+    a CPU it multiplies by all.
 
     Raises ValueError for a k that is not in 1..E.
     """
@@ -200,6 +220,7 @@ class MoEFFN(nnx.Module):
         *,
         top_k: int = 1,
         router_init: str = "normal",
+        dropout_rate: float = 0.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -211,14 +232,17 @@ class MoEFFN(nnx.Module):
         self.router = _router(dim, num_experts, router_init, **options)
 
         def kernels(rows: int, columns: int, *axes: str) -> nnx.Param:
-            return nnx.Param(jnp.zeros((num_experts, rows, columns), param_dtype), **named(None, *axes))
+            return nnx.Param(jnp.zeros((num_experts, rows, columns), param_dtype), **named("experts", *axes))
 
         self.gate, self.up = kernels(dim, hidden, "embed", "mlp"), kernels(dim, hidden, "embed", "mlp")
         self.down = kernels(hidden, dim, "mlp", "embed")
         self.load([SwiGLU(dim, hidden, **options) for _ in range(num_experts)])
+        self.dropout = dropout(dropout_rate, rngs)
 
     def load(self, experts: Sequence[SwiGLU]) -> None:
-        """Takes the matrices of E dense networks, in place. Raises ValueError for another number or other shapes."""
+        """Takes the matrices of E dense networks, in place. Raises ValueError for another number, other shapes, and biases."""
+        if any(expert.up.use_bias for expert in experts):
+            raise ValueError("experts: needs networks built with use_bias=False")
         shapes = {expert.up.kernel[...].shape for expert in experts}
         if len(experts) != self.num_experts or shapes != {self.up.shape[1:]}:
             want = f"{self.num_experts} networks [D, F] = {self.up.shape[1:]}"
@@ -234,8 +258,9 @@ class MoEFFN(nnx.Module):
     def __call__(self, u: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         tokens = u.reshape(-1, u.shape[-1])
         routing = self.route(tokens)
-        auxiliary_loss("expert_balance", lambda: routing.losses()[0], ALPHA)
-        auxiliary_loss("expert_router_z", lambda: routing.losses()[1], BETA)
+        where = counted_tokens(u.shape[:-1])
+        auxiliary_loss("expert_balance", lambda: routing.losses(where)[0], ALPHA)
+        auxiliary_loss("expert_router_z", lambda: routing.losses(where)[1], BETA)
         p, chosen = jax.lax.top_k(routing.probabilities, self.top_k)
         # One row per token and choice, sorted by expert, so that every expert multiplies a block of rows.
         expert = chosen.reshape(-1)
@@ -245,8 +270,9 @@ class MoEFFN(nnx.Module):
         def product(x: Array, kernels: nnx.Param) -> Array:
             return jax.lax.ragged_dot(x, kernels[...].astype(x.dtype), rows)
 
-        x = tokens.astype(self.router.dtype or u.dtype)[order // self.top_k]
-        y = product(jax.nn.silu(product(x, self.gate)) * product(x, self.up), self.down)
+        dtype = self.router.dtype or jnp.promote_types(u.dtype, self.gate.dtype)
+        x = tokens.astype(dtype)[order // self.top_k]
+        y = product(self.dropout(jax.nn.silu(product(x, self.gate)) * product(x, self.up)), self.down)
         y = y[jnp.argsort(order)].reshape(*p.shape, -1)
         return (p[..., None].astype(y.dtype) * y).sum(axis=1).reshape(u.shape)
 
@@ -255,10 +281,14 @@ class ParallelBAMBlock(Block):
     """y = x + mixer(u) + feed_forward(u), u = LN(x): both parts read the same input.
 
     mixer, feed_forward: a `SoftMixtureOfAttention` and a `MoEFFN`, or dense ones (the seed's block).
-    Further arguments as in `Block`, which is used in the same way.
+    Further arguments as in `Block`, which is used in the same way; there is no cross-attention and no post-norm.
+
+    Raises ValueError for a cross and for norm_first=False.
     """
 
     def __init__(self, dim: int, mixer: Mixer, feed_forward: nnx.Module, *, norm: str = "layer", **options: Any):
+        if options.get("cross") is not None or not options.get("norm_first", True):
+            raise ValueError("cross, norm_first: a parallel block has no cross-attention and its norm first; leave both out")
         super().__init__(dim, mixer, feed_forward, norm=norm, **options)
         self.feed_forward_norm = nnx.data(None)  # type: ignore[assignment]
 
@@ -308,6 +338,7 @@ PAPER = Paper(
         "attention parameters (kv_shared)": "2 * E * D * N * H + 2 * D * K * H",
         "multiply-adds of scores and values": "2 * T * S * E * N * H",
         "multiply-adds of the feed-forward experts": "3 * k * T * D * F",
+        "multiply-adds of the feed-forward experts (CPU)": "3 * k * E * T * D * F",
     },
     notes=(
         "Not seen in the paper, and ours: alpha = 0.01 and beta = 0.001 (the values of Switch Transformers and ST-MoE), W_K "

@@ -23,17 +23,18 @@ Equations and losses follow the authors' code (anguyen8/TAB). What an edit repla
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from attnzoo.core.attention import attention
+from attnzoo.core.weights import softmax_rows
 from attnzoo.errors import unknown
 from attnzoo.nn.feed_forward import MLP
 from attnzoo.nn.linear import linear
 from attnzoo.nn.norms import norm
+from attnzoo.nn.routing import mean_over_tokens
 from attnzoo.paper import Paper
 
 EDIT_MODES = ("gated", "ungated", "logits")
@@ -84,7 +85,10 @@ class TABAttention(nnx.Module):
         edit: Float[Array, "B S"] | None = None,
         edit_mode: str = "gated",
     ) -> tuple[Float[Array, "B T D"], TABMap]:
-        """edit: takes the place of gbar ("gated"), of a_0 before the gate ("ungated") or of its logits ("logits")."""
+        """edit: takes the place of gbar ("gated"), of a_0 before the gate ("ungated") or of its logits ("logits").
+
+        A logit of -inf hides a token; a row of nothing else lets nothing pass.
+        """
         if x.ndim != 3 or y.ndim != 3 or x.shape[::2] != y.shape[::2] or not x.shape[1] or not y.shape[1]:
             raise ValueError(f"x, y: needs tokens [B, 1+P, D] of the same B and D, the CLS first; got {x.shape} and {y.shape}")
         if edit_mode not in EDIT_MODES:
@@ -93,7 +97,7 @@ class TABAttention(nnx.Module):
             raise ValueError(f"edit: needs a weight per token of the other image, {y.shape[:2]}; got {edit.shape}")
         q, k, v = (f(tokens)[..., None, :] for f, tokens in ((self.query, x), (self.key, y), (self.value, y)))
         if edit is not None and edit_mode == "logits":
-            a = jax.nn.softmax(edit.astype(jnp.float32), axis=-1)
+            a = softmax_rows(edit.astype(jnp.float32), edit > -jnp.inf)[0]
         elif edit is not None and edit_mode == "ungated":
             a = edit.astype(jnp.float32)
         else:
@@ -156,18 +160,22 @@ def change_map(changed: Bool[Array, "*B P"]) -> Float[Array, "*B S"]:
     return jnp.concatenate([none, changed], axis=-1).astype(jnp.float32)
 
 
-def map_supervision_loss(weights: Float[Array, "*B S"], target: Float[Array, "*B S"]) -> Float[Array, ""]:
-    """The mean of 1 - cos(a_0, m).
+def map_supervision_loss(
+    weights: Float[Array, "*B S"], target: Float[Array, "*B S"], *, where: Bool[Array, "*B"] | None = None
+) -> Float[Array, ""]:
+    """The mean of 1 - cos(a_0, m), in float32.
 
     weights: ungated; gated, the map of a pair without change would vanish. target: as `change_map` makes it. Of the
     left CLS's map, which lies over the right image, the right image's, and the other way round.
+    where: the maps that count, as where only some pairs have a target; all by default, 0 where none does.
+    A map or a target of zeros has the cosine 0, and no gradient.
     Raises ValueError for shapes that differ.
     """
     if weights.shape != target.shape:
         raise ValueError(f"target: needs the shape of weights, {weights.shape}; got {target.shape}")
     a, m = weights.astype(jnp.float32), target.astype(jnp.float32)
-    norms = jnp.sqrt((a * a).sum(axis=-1) * (m * m).sum(axis=-1))
-    return (1 - (a * m).sum(axis=-1) / jnp.maximum(norms, 1e-8)).mean()
+    norms = jnp.sqrt(jnp.maximum((a * a).sum(axis=-1) * (m * m).sum(axis=-1), 1e-16))
+    return mean_over_tokens(1 - (a * m).sum(axis=-1, keepdims=True) / norms[..., None], where)[0]
 
 
 def pointing_game(weights: Float[Array, "*B S"], changed: Bool[Array, "*B P"]) -> Float[Array, ""]:

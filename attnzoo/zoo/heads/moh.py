@@ -22,9 +22,10 @@ pass straight through to p.
 Load balance (training): L_b = h_r Σ_e P_e f_e, with P_e the mean of p_e over tokens and f_e the share of tokens that take
 e, averaged over layers, with a coefficient of 0.01. It is k for a uniform router.
 
-Costs: D (h_r + h_s + 2) parameters. The keys and values of all heads are computed and cached. Heads that are off are
-multiplied by 0 here, which saves nothing; a kernel that leaves (token, head) pairs out would save their share of scores,
-values and output projection.
+Costs: D (h_r + h_s + 2) parameters with h_s > 1, D (h_r + 2) with one shared head, D h_r without any, none for "tuned",
+which computes the query projection a second time. The keys and values of all heads are computed and cached. Heads that are
+off are multiplied by 0 here, which saves nothing; a kernel that leaves (token, head) pairs out would save their share of
+scores, values and output projection.
 
 Gates and the load-balance loss follow the authors' code (SkyworkAI/MoH).
 """
@@ -70,6 +71,7 @@ def moh_router(
     """Gates from logits, x W_r and (where there are shared heads) x W_s and x W_h.
 
     top_k: k, the routed heads that are active; ties go to the lower head.
+    shared: of style "tuned" only the width counts.
     kinds: needed where there are both shared and routed heads, except in style "tuned", which has no such gate.
 
     Raises ValueError for an unknown style, a k that is not in 0..h_r (0 only if there is nothing to route), and missing
@@ -113,13 +115,13 @@ def check_heads(h_s: int, h_r: int, top_k: int) -> None:
 def query_norm_logits(q: Float[Array, "*B h_r H"]) -> Float[Array, "*B h_r"]:
     """||q_n||_2 over its standard deviation among the heads: the parameter-free router's logits.
 
-    Norms that do not differ are left as they are. Gradients are 0 where a query is 0.
+    Norms that do not differ, up to rounding, are left as they are. Gradients are 0 where a query is 0.
     """
     square = jnp.square(q.astype(jnp.float32)).sum(axis=-1)
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     centred = norm - norm.mean(axis=-1, keepdims=True)
     variance = jnp.square(centred).sum(axis=-1, keepdims=True) / max(norm.shape[-1] - 1, 1)
-    differ = variance > 0
+    differ = variance > (4 * jnp.finfo(jnp.float32).eps * norm.mean(axis=-1, keepdims=True)) ** 2
     return norm / jnp.where(differ, jnp.sqrt(jnp.where(differ, variance, 1.0)), 1.0)
 
 
@@ -166,11 +168,10 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         def router(outputs: int) -> nnx.LinearGeneral:
             return linear(dim, outputs, ("embed", None), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-        if style == "tuned":
-            return
-        self.router = router(h_r) if h_r else None
-        self.shared_router = router(h_s) if h_s > 1 else None
-        self.kind_router = router(2) if h_s and h_r else None
+        routes = style != "tuned"
+        self.router = router(h_r) if routes and h_r else None
+        self.shared_router = router(h_s) if routes and h_s > 1 else None
+        self.kind_router = router(2) if routes and h_s and h_r else None
 
     def route(self, x: Float[Array, "B T D"]) -> Routing:
         """The gates of every token and what they were made from, for losses and statistics."""
@@ -213,14 +214,17 @@ def moh_from_mha(
 ) -> MixtureOfHeadAttention:
     """A trained mixer with its heads routed, for further training; W_Q, W_K, W_V and W_O are copied.
 
-    style "tuned" adds no parameters, as in the paper's LLaMA3. The routers of the others start at zero; "code" with
-    top_k = h_r then computes what `mixer` did. Defaults as in `MixtureOfHeadAttention`.
+    style "tuned" adds no parameters, as in the paper's LLaMA3. The routers of the others start at zero where all heads stay
+    active; "code" then computes what `mixer` did. Where routed heads have to be chosen they start as N(0, 0.02), drawn with
+    seed 0: alike for all they would tie, and every token would take the lowest heads. Defaults as in `MixtureOfHeadAttention`.
     """
     made = MixtureOfHeadAttention.like(mixer, style=style, shared_heads=shared_heads, top_k=top_k)
-    for name in ("router", "shared_router", "kind_router"):
-        router = getattr(made, name, None)
+    routed = made.qkv.num_heads - made.shared_heads
+    std = 0.02 if made.top_k < routed else 0.0
+    for i, router in enumerate((made.router, made.shared_router, made.kind_router)):
         if router is not None:
-            router.kernel[...] = jnp.zeros_like(router.kernel[...])
+            kernel = router.kernel[...]
+            router.kernel[...] = std * jax.random.normal(jax.random.key(i), kernel.shape, kernel.dtype)
     return made
 
 
@@ -253,7 +257,7 @@ PAPER = Paper(
     costs={
         "cache numbers per token": "2 * K * H",
         "parameters": "2 * D * N * H + 2 * D * K * H",
-        "parameters of the routers": "D * (N + 2)",
+        "parameters of the routers (h_s > 1, not tuned)": "D * (N + 2)",
         "multiply-adds of scores and values": "2 * T * S * N * H",
         "the same if heads that are off were left out": "2 * T * S * (h_s + k) * H",
     },

@@ -17,7 +17,8 @@ Of 1000 normal keys in 4 dimensions nine in ten are un-select-able.
 Costs: D per token; a linear program with S - 1 constraints per key that no quick query selects.
 
 Both statements are about the output without gain and bias, which bring back a component along 1. There is no epsilon under
-the root: identities are exact, and a vector of zeros stays zeros. The majority task and its probe follow the authors' code.
+the root: identities are exact, a vector of zeros stays zeros, and of a constant vector whose mean is rounded the rounding is
+scaled to full norm. The majority task and its probe follow the authors' code.
 """
 
 import functools
@@ -46,9 +47,10 @@ def project(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 
 def rescale(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """scale(x): x with norm sqrt(D); zeros stay zeros."""
-    square = (x * x).sum(-1, keepdims=True)
-    return x / jnp.sqrt(jnp.maximum(square, SHORT**2)) * x.shape[-1] ** 0.5
+    """scale(x): x with norm sqrt(D), computed at least in float32; zeros stay zeros."""
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = (y * y).sum(-1, keepdims=True)
+    return (y / jnp.sqrt(jnp.maximum(square, SHORT**2)) * x.shape[-1] ** 0.5).astype(x.dtype)
 
 
 class FactorizedLayerNorm(nnx.Module):
@@ -94,18 +96,21 @@ class FactorizedLayerNorm(nnx.Module):
 
 
 def is_unselectable(keys: Float[Known, "S D"], *, tol: float = 1e-9) -> Bool[np.ndarray, " S"]:
-    """Whether no query scores a key above all others by more than `tol` (for queries whose entries are at most 1).
+    """Whether no query scores a key above all others by more than `tol`, for queries whose entries are at most 1.
 
+    tol: as a share of the largest entry of the keys around their mean, so that scaling and moving all keys changes nothing.
     A key is called selectable only with a query that selects it. Of equal keys none is selectable. Rounding counts: float32
-    keys that should lie in a plane are selectable by what sticks out of it, unless `tol` is larger.
-    Raises ValueError for anything but a matrix.
+    keys that should lie in a plane are selectable by what sticks out of it, unless `tol` is larger, as 1e-5.
+    Raises ValueError for anything but a matrix with a row, and RuntimeError where a linear program is not solved.
     """
     from scipy.optimize import linprog
 
     k = np.asarray(keys, np.float64)
-    if k.ndim != 2:
-        raise ValueError(f"keys: expected [S, D], got {k.shape}")
+    if k.ndim != 2 or not len(k):
+        raise ValueError(f"keys: expected [S, D] with S >= 1, got {k.shape}")
     count, dim = k.shape
+    k = k - k.mean(0)
+    k = k / max(np.abs(k).max(initial=0), np.finfo(np.float64).tiny)
     lost = np.ones(count, bool)
     # Each key itself, and some random queries, select many keys without a linear program.
     quick = np.concatenate([k, np.random.default_rng(0).normal(size=(4096, dim))])
@@ -125,14 +130,16 @@ def is_unselectable(keys: Float[Known, "S D"], *, tol: float = 1e-9) -> Bool[np.
             b_ub=np.zeros(count - 1),
             bounds=[(-1, 1)] * dim + [(None, None)],
         )
+        if not found.success:
+            raise RuntimeError(f"keys: the linear program of key {j} was not solved: {found.message}")
         # The solver's own t is only as exact as its tolerance; the query it found is not in doubt.
         lost[j] = (ahead @ found.x[:dim]).min(initial=np.inf) <= tol
     return lost
 
 
-def unselectable_fraction(keys: Float[Known, "S D"]) -> float:
-    """The share of keys that are un-select-able."""
-    return float(is_unselectable(keys).mean())
+def unselectable_fraction(keys: Float[Known, "S D"], *, tol: float = 1e-9) -> float:
+    """The share of keys that are un-select-able; tol and errors as in `is_unselectable`."""
+    return float(is_unselectable(keys, tol=tol).mean())
 
 
 # --- (a): attention to all keys alike ----------------------------------------------------------------------
@@ -168,12 +175,29 @@ def projection_angle(x: Float[Array, "*B D"], w_q: Float[Array, "D H"], w_k: Flo
 # --- the majority task -------------------------------------------------------------------------------------
 
 
+MOST_PARTITIONS = 1_000_000
+
+
 @functools.cache
 def leading_partitions(length: int, num_classes: int, min_delta: int) -> Int[np.ndarray, "P C"]:
     """Every way to write `length` as at most `num_classes` falling counts, the first ahead of the second by min_delta.
 
-    Raises ValueError when there is none.
+    The array is shared between calls and cannot be written to.
+    Raises ValueError when there is none, for fewer than two classes, and where a million partitions would be gone through.
     """
+    if num_classes < 2:
+        raise ValueError(f"num_classes: needs at least 2, got {num_classes}")
+    if not 1 <= min_delta <= length:
+        raise ValueError(f"min_delta: no counts of {length} tokens lead by {min_delta}; choose 1 to {length}")
+    ways = [1] + [0] * length  # to write 0..length with parts of at most 1, 2, ... num_classes
+    for part in range(1, num_classes + 1):
+        for n in range(part, length + 1):
+            ways[n] += ways[n - part]
+    if ways[length] > MOST_PARTITIONS:
+        raise ValueError(
+            f"length, num_classes: {length} tokens of {num_classes} classes have {ways[length]} partitions, of which at most "
+            f"{MOST_PARTITIONS} are listed; choose fewer of either"
+        )
 
     def falling(rest: int, most: int, parts: int) -> list[tuple[int, ...]]:
         if parts == 1:
@@ -183,8 +207,7 @@ def leading_partitions(length: int, num_classes: int, min_delta: int) -> Int[np.
         ]
 
     found = np.array([p for p in falling(length, length, num_classes) if p[0] - p[1] >= min_delta], np.int32)
-    if min_delta < 1 or not len(found):
-        raise ValueError(f"min_delta: no counts of {length} tokens lead by {min_delta}; choose 1 to {length}")
+    found.setflags(write=False)
     return found
 
 
@@ -195,8 +218,6 @@ def majority_task(
 
     Counts are drawn evenly among all partitions of `length` that lead so far, and classes and places at random.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes: needs at least 2, got {num_classes}")
     table = jnp.asarray(leading_partitions(length, num_classes, min_delta))
     of_counts, of_classes, of_places = jax.random.split(key, 3)
     counts = table[jax.random.randint(of_counts, (batch,), 0, len(table))]

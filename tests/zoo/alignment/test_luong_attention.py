@@ -220,6 +220,32 @@ def test_the_position_learns_through_the_gaussian(states, rng):
     assert not hasattr(LocalMonotonicAttention(D, rngs=nnx.Rngs(0)), "v_p")
 
 
+def test_one_source_for_all_steps(states, rng):
+    """h_t [T, D] takes h_s [S, D], whichever the attention; with "concat" its half of W_a computed once."""
+    h_t, h_s = states[0][0], states[1][0, 0]
+    for kind in (GlobalAttention, LocalMonotonicAttention, LocalPredictiveAttention):
+        options = {} if kind is GlobalAttention else {"window": 2}
+        attention = drawn(kind(D, score="concat", rngs=nnx.Rngs(0), **options), rng)
+        source = attention.of_source(h_s)
+        every = attention(h_t, h_s, t=jnp.arange(T), of_source=source)
+        for t in range(T):
+            for ours, theirs in zip(attention(h_t[t], h_s, t=t), every, strict=True):
+                np.testing.assert_allclose(ours, theirs[t], atol=1e-6)
+        # A step then multiplies vectors alone by matrices.
+        step = jax.make_jaxpr(lambda h, of, attention=attention: attention(h, h_s, of_source=of))(h_t[0], source)
+        assert all(e.outvars[0].aval.ndim < 2 for e in step.eqns if e.primitive.name == "dot_general")
+
+
+@pytest.mark.parametrize("kind", [GlobalAttention, LocalPredictiveAttention])
+def test_bfloat16(states, kind):
+    h_t, h_s, mask = states
+    half, whole = (kind(D, dtype=dtype, rngs=nnx.Rngs(0)) for dtype in (jnp.bfloat16, None))
+    (htil, a), (htil32, a32) = half(h_t, h_s, mask=mask), whole(h_t, h_s, mask=mask)
+    assert htil.dtype == jnp.bfloat16 and a.dtype == jnp.float32
+    np.testing.assert_allclose(htil.astype(jnp.float32), htil32, atol=0.03)
+    np.testing.assert_allclose(a, a32, atol=0.03)
+
+
 # --- the decoder -------------------------------------------------------------------------------------------
 
 V = 11
@@ -260,12 +286,14 @@ def test_the_decoder_is_its_equations(pair, attention, input_feeding):
 
 
 @pytest.mark.parametrize(
-    ("attention", "input_feeding"),
-    [("global", False), ("global", True), ("local-m", True), ("local-p", False), ("none", True)],
-)
-def test_steps_equal_the_scan(pair, attention, input_feeding):
+    ("attention", "input_feeding", "score"),
+    [("global", False, "concat"), ("global", True, "dot"), ("local-m", True, "concat"), ("local-p", False, "general"),
+     ("none", True, None)],
+)  # fmt: skip
+def test_steps_equal_the_scan(pair, attention, input_feeding, score):
     source, target = pair
-    model, mask = seq2seq(attention, input_feeding), jnp.asarray(MASK)
+    options = {} if score is None else {"score": score}
+    model, mask = seq2seq(attention, input_feeding, **options), jnp.asarray(MASK)
     whole = nnx.jit(lambda model: model(source, target, source_mask=mask))(model)
     cache = start = nnx.jit(lambda model: model.init_cache(source, source_mask=mask))(model)
     step = nnx.jit(lambda model, token, cache: model.step(token, cache))
@@ -333,7 +361,12 @@ def test_alignment_error_rate(rng):
     [
         (lambda h: luong_score(h, h, "dots"), "unknown score 'dots'"),
         (lambda h: luong_score(h[0, :3], h), r"one width, got \(3,\) and \(9, 6\)"),
-        (lambda h: luong_score(h[0], h, "general"), r"w_a: 'general' needs \[D, D\] = \(6, 6\), got \(0,\)"),
+        (lambda h: luong_score(h[0], h, "general"), r"w_a: 'general' needs \[D, D\] = \(6, 6\), got None"),
+        (lambda h: luong_score(h[0], h, "dot", w_a=h[:D, :D]), r"'dot' has neither.*got \(6, 6\) and None with 'dot'"),
+        (lambda h: LocalMonotonicAttention(D, rngs=nnx.Rngs(0))(h[0], h, mask=np.arange(S) > 2), "mask: .*must come first"),
+        (lambda h: LuongConfig(vocab_size=V, attention="none", attention_args={"score": "dot"}), "attention_args: .*'score'"),
+        (lambda h: LuongConfig(vocab_size=V, num_layers=0), "num_layers: must be at least 1, got 0"),
+        (lambda h: seq2seq("none").step(jnp.zeros((B, 2), int), None), r"target: .*one token per row, \[B, 1\], got \(3, 2\)"),
         (lambda h: luong_score(h[0], h, "location", w_a=h[:4]), r"S_max >= 9 and D = 6, got \(4, 6\)"),
         (lambda h: luong_score(h[0], h, "concat", w_a=h[:A], v_a=h[0, :A]), r"\[A, 12\] and \[A\], here A = 4; got \(4, 6\)"),
         (lambda h: GlobalAttention(D, score="bilinear", rngs=nnx.Rngs(0)), "unknown score of GlobalAttention: 'bilinear'"),

@@ -23,6 +23,8 @@ from attnzoo.zoo.compress.bam import (
     average_params,
     branch,
 )
+from attnzoo.zoo.heads.moh import MixtureOfHeadAttention
+from attnzoo.zoo.positions.fope import FoPEConfig
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
 
 B, T, D, N, K, H, E, F = 2, 7, 16, 4, 2, 4, 3, 12
@@ -252,6 +254,21 @@ def test_branches_are_apart(dense):
     np.testing.assert_array_equal(mean["a"], [2, 2])
 
 
+def test_positions_that_hold_arrays_are_kept():
+    drawn = BAMLM(dataclasses.replace(CONFIG, positions=FoPEConfig(train_length=32, per_head=False)), rngs=nnx.Rngs(0))
+    made = bam_upcycle(drawn, [], rngs=nnx.Rngs(4))
+    np.testing.assert_allclose(run(made, TOKENS), run(drawn, TOKENS), atol=1e-5)
+    learned = BAMLM(dataclasses.replace(CONFIG, positions=FoPEConfig(train_length=32, learnable=True)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"seed: layers.runs.0.mixer.positions.* of the mixture is"):
+        bam_upcycle(learned, branch(learned, 1), rngs=nnx.Rngs(4))
+
+
+def test_means_are_summed_in_float32():
+    leaves = [{"a": jnp.asarray([x], jnp.bfloat16)} for x in (256.0, 1.0, 1.0, 1.0)]
+    mean = average_params(leaves)["a"]
+    assert mean.dtype == jnp.bfloat16 and mean[0] == jnp.bfloat16(64.75)
+
+
 # --- training and decoding -------------------------------------------------------------------------------
 
 
@@ -267,6 +284,10 @@ def test_loss_adds_the_router_losses_of_every_layer(models):
     loss = nnx.jit(lambda model, tokens: bam_loss(model, tokens, alpha=0.5, beta=2.0))
     nll = label_smoothed_ce(logits, TOKENS[:, 1:], smoothing=0.0)
     np.testing.assert_allclose(loss(made, TOKENS), nll + 0.5 * balance + 2 * z, rtol=1e-5)
+    # Padding is neither predicted nor counted: as if the sequences were short.
+    real = jnp.broadcast_to(jnp.arange(T + 1) < 4, TOKENS.shape)
+    padded = nnx.jit(lambda model, tokens: bam_loss(model, tokens, alpha=0.5, beta=2.0, where=real))
+    np.testing.assert_allclose(padded(made, TOKENS), loss(made, TOKENS[:, :4]), rtol=1e-5)
     plain = label_smoothed_ce(run(models[0], TOKENS[:, :-1]), TOKENS[:, 1:], smoothing=0.0)
     np.testing.assert_allclose(loss(models[0], TOKENS), plain, rtol=1e-5)
 
@@ -305,9 +326,9 @@ def test_bad_arguments(options, words):
 
 def test_models_that_do_not_fit_are_refused(dense, models):
     mixer = SoftMixtureOfAttention(D, N, num_experts=2, rngs=nnx.Rngs(0), **OPTIONS)
-    with pytest.raises(ValueError, match="experts: needs 2 mixers without biases, got 3"):
+    with pytest.raises(ValueError, match="experts: needs 2 mixers, got 3"):
         mixer.load(dense)
-    with pytest.raises(ValueError, match=r"experts: needs mixers with \(N, K, H\) = \(4, 2, 4\), got \(4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"experts: needs mixers with \(D, N, K, H\) = \(16, 4, 2, 4\), got \(16, 4, 4, 4\)"):
         mixer.load([GroupedQueryAttention(D, N, rngs=nnx.Rngs(0))] * 2)
     with pytest.raises(ValueError, match=r"top_k: must be in 1..num_experts=3, got 4"):
         MoEFFN(D, F, E, top_k=4, rngs=nnx.Rngs(0))
@@ -318,3 +339,23 @@ def test_models_that_do_not_fit_are_refused(dense, models):
         bam_upcycle(models[0], [other], rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="not scanned"):
         dataclasses.replace(CONFIG, scan_layers=True)
+    with pytest.raises(ValueError, match=r"remat: .*'none' is needed; got 'full'"):
+        dataclasses.replace(CONFIG, ffn_experts=2, remat="full")
+    with pytest.raises(ValueError, match=r"ffn_top_k: .*there are none; got 2"):
+        dataclasses.replace(CONFIG, ffn_top_k=2)
+    with pytest.raises(ValueError, match="ffn_experts: a dense model has no routers"):
+        models[0].with_router_losses(TOKENS)
+    with pytest.raises(ValueError, match="experts: needs mixers built with use_bias=False"):
+        mixer.load([GroupedQueryAttention(D, N, use_bias=True, rngs=nnx.Rngs(0), **OPTIONS)] * 2)
+    with pytest.raises(TypeError, match=r"mixer: .*MixtureOfHeadAttention"):
+        mixer.load([MixtureOfHeadAttention(D, N, rngs=nnx.Rngs(0), **OPTIONS)] * 2)
+    with pytest.raises(TypeError, match="SoftMixtureOfAttention is made of several mixers"):
+        SoftMixtureOfAttention.like(dense[0])
+    with pytest.raises(ValueError, match="experts: needs networks built with use_bias=False"):
+        MoEFFN(D, F, E, rngs=nnx.Rngs(0)).load([SwiGLU(D, F, use_bias=True, rngs=nnx.Rngs(0))] * E)
+    for options in ({"cross": dense[0]}, {"norm_first": False}):
+        with pytest.raises(ValueError, match="cross, norm_first: "):
+            ParallelBAMBlock(D, dense[0], SwiGLU(D, F, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0), **options)
+    gated = BAMLM(dataclasses.replace(CONFIG, mixer="moh"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"seed: its mixer .*'transformer', got 'moh'"):
+        bam_upcycle(gated, [], rngs=nnx.Rngs(0))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnzoo.core.masks import Lengths
+from attnzoo.core.masks import Array as ArrayMask
+from attnzoo.core.masks import Lengths, Segments, SlidingWindow
 from attnzoo.core.positions import RoPE
 from attnzoo.zoo.control.act_calibration import (
     ACTAttention,
@@ -206,7 +207,9 @@ def test_padded_rows_are_calibrated_as_if_they_were_short(x):
     np.testing.assert_allclose(padded[1], run(mixer, x)[1], atol=1e-5)
     y, cache = prefill(mixer, x, mixer.init_cache(B, T), lengths)
     np.testing.assert_allclose(y[0, :8], padded[0, :8], atol=1e-5)
-    np.testing.assert_allclose(cache.aux[0], np.asarray(weights_of(plain(), x[:, :8]))[0].sum(-2) @ np.eye(8, T), atol=1e-5)
+    np.testing.assert_allclose(
+        cache.aux.total[0], np.asarray(weights_of(plain(), x[:, :8]))[0].sum(-2) @ np.eye(8, T), atol=1e-5
+    )
 
 
 def test_decoding_finds_sinks_by_running_sums(x):
@@ -220,7 +223,7 @@ def test_decoding_finds_sinks_by_running_sums(x):
     changed = 0
     for t in range(7, T):
         y, cache = prefill(mixer, x[:, t : t + 1], cache)
-        np.testing.assert_allclose(cache.aux[..., : t + 1], raw[:, :, : t + 1, : t + 1].sum(2), atol=1e-5)
+        np.testing.assert_allclose(cache.aux.total[..., : t + 1], raw[:, :, : t + 1, : t + 1].sum(2), atol=1e-5)
         rows = raw[:, :, t, : t + 1].copy()
         for b in range(B):
             for n in heads:
@@ -232,12 +235,43 @@ def test_decoding_finds_sinks_by_running_sums(x):
     assert changed > 3
 
 
-def test_cache_holds_one_number_more_per_key_and_head():
+def test_cache_holds_three_numbers_more_per_key_and_head():
     shapes = jax.eval_shape(lambda: ACTAttention.like(plain()).init_cache(1, 10))
-    assert shapes.aux.shape == (1, N, 10)
+    assert [leaf.shape for leaf in shapes.aux] == [(1, N, 10)] * 3
     swapped = ACTAttention.like(plain())
-    cache = dataclasses.replace(swapped.init_cache(2, 3), aux=jnp.arange(2.0)[:, None, None] * jnp.ones((2, N, 3)))
-    assert swapped.reorder_cache(cache, jnp.array([1, 0])).aux[0, 0, 0] == 1
+    cache = swapped.init_cache(2, 3)
+    total = jnp.arange(2.0)[:, None, None] * jnp.ones((2, N, 3))
+    cache = dataclasses.replace(cache, aux=cache.aux._replace(total=total))
+    assert swapped.reorder_cache(cache, jnp.array([1, 0])).aux.total[0, 0, 0] == 1
+
+
+def test_every_document_is_calibrated_as_if_alone(x):
+    mixer = ACTAttention.like(plain(), rule=RULE)
+    packed = run(mixer, x, Segments(jnp.where(jnp.arange(T) < 5, 0, 1)))
+    np.testing.assert_allclose(packed[:, :5], run(mixer, x[:, :5]), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:], run(mixer, x[:, 5:]), atol=1e-5)
+    # So is what follows padding on the left.
+    padded = run(mixer, x, ArrayMask(jnp.broadcast_to(jnp.arange(T) >= 4, (T, T))))
+    np.testing.assert_allclose(padded[:, 4:], run(mixer, x[:, 4:]), atol=1e-5)
+
+
+def test_a_prompt_in_the_cache_is_calibrated_like_a_whole_one_under_a_mask(x):
+    mixer = ACTAttention.like(plain(), rule=RULE)
+    window = SlidingWindow(4)
+    y, cache = nnx.jit(lambda mixer, x, cache: mixer.prefill(x, cache, mask=window))(mixer, x, mixer.init_cache(B, T + 2))
+    full = run(mixer, x, window)
+    np.testing.assert_allclose(y, full, atol=1e-5)
+    assert not np.allclose(full, run(plain(), x, window), atol=1e-2)
+    np.testing.assert_array_equal(cache.aux.rows[0, 0, :T], np.minimum(4, T - np.arange(T)))
+    np.testing.assert_array_equal(cache.aux.own[0, 0, :T], np.minimum(4, 1 + np.arange(T)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16])
+def test_the_cache_in_bfloat16(x, dtype):
+    mixer = ACTAttention.like(plain(dtype=dtype), rule=RULE)
+    y, _ = prefill(mixer, x.astype(dtype), mixer.init_cache(B, T))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(*(np.asarray(o, np.float32) for o in (y, run(mixer, x.astype(dtype)))), atol=0.1)
 
 
 # --- choosing heads, reports -----------------------------------------------------------------------------
@@ -255,6 +289,9 @@ def test_choosing_heads():
     assert alone.heads == ((0, 1), (1, 0), (1, 1))
     assert alone.accuracy < alone.base == 0.5
     assert alone.alone[0, 0] < 0.5
+    asked = []
+    select_act_heads(lambda heads: asked.append(heads) or accuracy(heads), candidates, mode="greedy")
+    assert len(set(asked)) == len(asked)
     greedy = select_act_heads(accuracy, candidates, mode="greedy")
     assert greedy.heads == ((1, 0), (1, 1))
     np.testing.assert_allclose(greedy.accuracy, 0.58)
@@ -289,6 +326,12 @@ def test_report_on_planted_weights(maps):
     assert not report.count[0].any() and report.count[1].tolist() == [0, 0, 1, 0]
     np.testing.assert_allclose(report.first[0], uniform[0, 0, :, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(report.later[1, 2], causal(logits)[0, 2, :, 5].mean(), rtol=1e-5)
+    # Padded rows count for nothing.
+    visible = TRIANGLE & (np.arange(T) < 8) & (np.arange(T) < 8)[:, None]
+    cut = jnp.asarray(np.where(visible, maps, 0) / np.maximum(np.where(visible, maps, 0).sum(-1, keepdims=True), 1e-9))
+    padded, short = sink_report([cut], RULE, visible=jnp.asarray(visible)), sink_report([cut[..., :8, :8]], RULE)
+    for part in ("count", "first", "later"):
+        np.testing.assert_allclose(getattr(padded, part), getattr(short, part), rtol=1e-5)
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots()
@@ -303,6 +346,12 @@ def test_report_on_planted_weights(maps):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: SinkRule(threshold=-0.1), "threshold: .*got -0.1"),
+        (lambda: SinkRule(min_rows=0), "min_rows: must be at least 1, got 0"),
+        (lambda: CalibratedSoftmax(jnp.ones(N, bool), beta=2.0), r"beta: must be in \[0, 1\], got 2.0"),
+        (lambda: act_calibrate(jnp.eye(T), jnp.ones(T, bool), beta=-1.0), r"beta: must be in \[0, 1\], got -1.0"),
+        (lambda: sink_report([]), r"weights: needs layers of one shape \[B, N, T, T\], got \[\]"),
+        (lambda: sink_report([jnp.zeros((N, T, T))]), r"weights: needs layers of one shape .*got \[\(4, 12, 12\)\]"),
         (lambda: SinkRule("absolute"), "unknown thr_mode 'absolute'.*'abs'"),
         (lambda: find_attention_sinks(jnp.zeros((2, 3, 4))), r"weights: .*\[..., T, T\]; got \(2, 3, 4\)"),
         (lambda: ACTAttention(D, N, heads=(4,), rngs=nnx.Rngs(0)), r"heads: must be in 0\.\.3, got \[4\]"),

@@ -121,6 +121,9 @@ def test_looking_at_the_cls_alone_says_nothing(layer, xy):
     for h in (logits(layer, *xy, cls)[0], run(layer, *xy, jnp.zeros((B, S)))[0]):
         np.testing.assert_allclose(h[:, 0], np.broadcast_to(silent, (B, D)), atol=2e-5)
         assert np.asarray(h[:, 0]).std(axis=0).max() < 1e-6
+    hidden = logits(layer, *xy, jnp.full((B, S), -jnp.inf))
+    np.testing.assert_allclose(hidden[0][:, 0], np.broadcast_to(silent, (B, D)), atol=2e-5)
+    assert not hidden[1].attention.any()
     # The same brought about by the tokens: queries along the first feature, which only the CLS has.
     sure = nnx.clone(layer)
     sure.attn.query.kernel[...], sure.attn.key.kernel[...] = jnp.zeros((D, D)), jnp.eye(D)
@@ -223,7 +226,12 @@ def test_map_loss():
     cosines = [0.6 / (np.linalg.norm(a[0]) * np.sqrt(2)), 0.6 / np.linalg.norm(a[1])]
     np.testing.assert_allclose(map_supervision_loss(jnp.asarray(a), target), 1 - np.mean(cosines), rtol=1e-5)
     np.testing.assert_allclose(map_supervision_loss(target, target), 0, atol=1e-6)
-    assert np.isfinite(map_supervision_loss(jnp.zeros((2, 5)), target))
+    # Zeros on either side are worth 1 and push nothing; maps that do not count are left out.
+    for weights, wanted in ((jnp.zeros((2, 5)), target), (jnp.asarray(a, jnp.float32), jnp.zeros((2, 5)))):
+        value, gradient = jax.value_and_grad(map_supervision_loss)(weights, wanted)
+        assert value == 1 and not gradient.any()
+    counted = map_supervision_loss(jnp.asarray(a), target, where=jnp.array([True, False]))
+    np.testing.assert_allclose(counted, 1 - cosines[0], rtol=1e-5)
 
 
 def test_pointing_game():
@@ -257,6 +265,28 @@ def test_model_sees_a_pair_only_through_its_maps():
     assert not np.allclose(swapped, found, atol=1e-3)
 
 
+def test_the_models_layers_follow_its_configuration():
+    config = TABChangeConfig(dim=D, num_heads=2, num_patches=P, channels=4, strict=True, dropout_rate=0.5)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, B, P, 4)), jnp.float32)
+    scanned, unrolled = (
+        TABChangeModel(dataclasses.replace(config, scan_layers=scan), rngs=nnx.Rngs(0)) for scan in (True, False)
+    )
+    assert len(scanned.layers.runs) == 1 and unrolled.dropout.rate == 0.5
+    results = []
+    for model in (scanned, unrolled):
+        model.eval()
+        results.append(model_of(model, *images))
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
+    assert not results[0][1].gated[:, 0].any()
+
+
+def test_bfloat16(xy):
+    layer = moved(TABLayer(D, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    h, seen = run(layer, *xy)
+    assert h.dtype == jnp.bfloat16 and seen.attention.dtype == seen.gated.dtype == jnp.float32
+    np.testing.assert_allclose(h.astype(jnp.float32), run(moved(TABLayer(D, rngs=nnx.Rngs(0))), *xy)[0], atol=0.3, rtol=0.1)
+
+
 # --- bad input -------------------------------------------------------------------------------------------
 
 
@@ -270,6 +300,8 @@ def test_bad_input(attn, xy):
         attn(x, y, edit=jnp.zeros((B, S)), edit_mode="gate")
     with pytest.raises(ValueError, match=r"target: needs the shape of weights, \(2, 4\); got \(2, 3\)"):
         map_supervision_loss(jnp.zeros((2, 4)), jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"where: needs an entry per row, \(2,\); got \(1,\)"):
+        map_supervision_loss(jnp.zeros((2, 4)), jnp.zeros((2, 4)), where=jnp.ones(1, bool))
     with pytest.raises(ValueError, match=r"changed: weights \(2, 4\).*got \(2, 4\)"):
         pointing_game(jnp.zeros((2, 4)), jnp.zeros((2, 4), bool))
     config = TABChangeConfig(dim=D, num_heads=2, num_patches=P)

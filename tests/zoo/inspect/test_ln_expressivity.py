@@ -256,13 +256,36 @@ def test_the_probe_learns():
     assert loss_and_gradient(model)[0] < before - 0.01
 
 
+def test_which_keys_are_selectable_does_not_depend_on_scale_and_place(rng):
+    keys = rng.normal(size=(40, 3))
+    lost = is_unselectable(keys)
+    assert 0 < lost.sum() < 40
+    for same in (1e-10 * keys, 1e10 * keys, keys + 1e4):
+        np.testing.assert_array_equal(is_unselectable(same), lost)
+    # Keys of a plane, written in float32: its rounding selects them unless it is tolerated.
+    plane = np.asarray(project(jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)))
+    flat = plane.astype(np.float64) - plane.astype(np.float64).mean(1, keepdims=True)
+    assert unselectable_fraction(plane, tol=1e-5) == unselectable_fraction(flat, tol=1e-5) > unselectable_fraction(plane)
+
+
+def test_half_precision_and_shared_tables():
+    small = jnp.array([[1e-4, -1e-4, 0.0, 0.0]], jnp.float16)
+    np.testing.assert_allclose(rescale(small), [[2**0.5, -(2**0.5), 0, 0]], rtol=1e-2)
+    assert not rescale(jnp.zeros((1, 4), jnp.float16)).any()
+    with pytest.raises(ValueError, match="read-only"):
+        leading_partitions(5, 2, 1)[0, 0] = 7
+
+
 # --- errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: is_unselectable(np.zeros((2, 3, 4))), r"keys: expected \[S, D\], got \(2, 3, 4\)"),
+        (lambda: is_unselectable(np.zeros((2, 3, 4))), r"keys: expected \[S, D\].*got \(2, 3, 4\)"),
+        (lambda: is_unselectable(np.zeros((0, 4))), r"keys: expected \[S, D\] with S >= 1, got \(0, 4\)"),
+        (lambda: leading_partitions(5, 1, 1), "num_classes: needs at least 2, got 1"),
+        (lambda: leading_partitions(200, 100, 1), "length, num_classes: 200 tokens of 100 classes have .* at most 1000000"),
         (lambda: FactorizedLayerNorm(D, legacy_majority_norm=True), "legacy_majority_norm: .*do_projection=False"),
         (lambda: MajorityProbe(6, D, norm="rms", rngs=nnx.Rngs(0)), "unknown norm 'rms'"),
         (lambda: majority_task(jax.random.key(0), 2, length=5, min_delta=6), "min_delta: no counts of 5 tokens lead by 6"),
