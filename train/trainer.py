@@ -74,7 +74,7 @@ class Trainer:
         self.shardings: TrainState = shardings(self.abstract, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
         self._whole = NamedSharding(mesh, PartitionSpec())  # metrics: every process has them
-        self._compiled_step = self._compile()
+        self._compiled_step: Any = self._compile()
         self.train_step = one_at_a_time(self._compiled_step, mesh)
         self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate, out_shardings=self._whole), mesh)
 

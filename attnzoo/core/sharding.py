@@ -59,8 +59,8 @@ def attention_axes(
     """
     if exchange not in get_args(Exchange):
         raise unknown("exchange", exchange, get_args(Exchange))
-    names = ((x,) if isinstance(x, str) else tuple(x) for x in (batch, heads, context))
-    token = _AXES.set(Axes(*names, exchange, zigzag))
+    rows, columns, tokens = ((x,) if isinstance(x, str) else tuple(x) for x in (batch, heads, context))
+    token = _AXES.set(Axes(rows, columns, tokens, exchange, zigzag))
     try:
         yield
     finally:

@@ -100,7 +100,8 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     if taken:
         config = replace(config, mixer_args={**config.mixer_args, **parse_mixer_args(config.mixer, taken)})
     devices = device_count(command.topology)
-    mesh = replace(config.mesh, **_sides(command.sides))
+    sides: dict[str, Any] = _sides(command.sides)
+    mesh = replace(config.mesh, **sides)
     if mesh == MeshConfig():
         mesh = MeshConfig(fsdp=devices)
     count = math.prod(getattr(mesh, axis) for axis in AXES)

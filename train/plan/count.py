@@ -22,14 +22,13 @@ def _flops(jaxpr: Jaxpr, parts: int) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
+        of, out = ([getattr(v.aval, "shape", ()) for v in side] for side in (eqn.invars, eqn.outvars))
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            total += parts * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[n] for n in contracted)
+            total += parts * 2 * math.prod(out[0]) * math.prod(of[0][n] for n in contracted)
         elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            out = params["dimension_numbers"].rhs_spec[0]
-            total += parts * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[out]
+            features = of[1][params["dimension_numbers"].rhs_spec[0]]
+            total += parts * 2 * math.prod(out[0]) * math.prod(of[1]) // features
         elif name == "pallas_call":
             cost = params["cost_estimate"]
             total += parts * (0 if cost is None else cost.flops)
@@ -37,7 +36,7 @@ def _flops(jaxpr: Jaxpr, parts: int) -> int:
             total += max(_flops(branch.jaxpr, parts) for branch in params["branches"])
         elif name == "shard_map":
             inner = params["jaxpr"]
-            divided = math.prod(eqn.outvars[0].aval.shape) // math.prod(inner.outvars[0].aval.shape)
+            divided = math.prod(out[0]) // math.prod(inner.outvars[0].aval.shape)
             total += _flops(inner, parts * divided)
         else:
             times = params["length"] if name == "scan" else 1

@@ -312,7 +312,7 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
     by_tile = (_by_tiles(op, problem) for op in mask_ops)
     mask_xs = tuple(laid_out(problem, a, layout) for a, layout in zip(by_tile, problem.mask_layouts, strict=True))
     seed = jnp.zeros(2, jnp.uint32) if part.dropout is None else part.dropout.seed
-    call = jnp.concatenate([lax.bitcast_convert_type(seed, jnp.int32), g.origin])
+    call = jnp.concatenate([lax.bitcast_convert_type(seed, jnp.int32), jnp.asarray(g.origin)])
     return problem, (q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, call))
 
 

@@ -102,7 +102,7 @@ def plan_ring(mask: Mask | None, g: Geometry, devices: int, zigzag: bool | None,
         paired = Layout(devices, True)
         if zigzag or critical_path(paired.work(tiles)) <= (1 - WORTH) * critical_path(work):
             layout, work = paired, paired.work(tiles)
-    return Ring(layout, smallest_arc(work.any(1)), work)
+    return Ring(layout, smallest_arc(np.asarray(work.any(1))), work)
 
 
 def known_part(mask: Mask | None) -> Mask | None:

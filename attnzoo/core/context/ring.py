@@ -97,11 +97,10 @@ def run(r: Request, backend: ModuleType, mesh: Any, axes: Axes, ring: Ring) -> R
         None if r.dropout is None else r.dropout.seed,
     )
     mask_specs, score_specs = (tuple(operand_spec(op, axes) for op in _operands(bound)) for bound in (mask, score))
-    rest_specs = Arrays(
-        mask_specs,
-        *(None if x is None else by_lead(x) for x in (rest.q_positions, rest.kv_positions, rest.states)),
-        None if rest.seed is None else P(),
+    q_spec, kv_spec, state_spec = (
+        None if x is None else by_lead(x) for x in (rest.q_positions, rest.kv_positions, rest.states)
     )
+    rest_specs = Arrays(mask_specs, q_spec, kv_spec, state_spec, None if rest.seed is None else P())
     score_xs = tuple(jnp.asarray(op.x) for op in _operands(score))
     b, h, t = axes.batch or None, axes.heads or None, axes.context or None
     tokens, rows = P(b, t, h), P(b, h, t)

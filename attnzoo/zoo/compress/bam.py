@@ -62,7 +62,8 @@ def average_params(states: Sequence[PyTree]) -> PyTree:
 
     def mean(*leaves: Array) -> Array:
         wide = jnp.promote_types(leaves[0].dtype, jnp.float32)
-        return (sum(leaf.astype(wide) for leaf in leaves) / len(leaves)).astype(leaves[0].dtype)
+        total = functools.reduce(jnp.add, (leaf.astype(wide) for leaf in leaves))
+        return (total / len(leaves)).astype(leaves[0].dtype)
 
     return jax.tree.map(mean, *states)
 
