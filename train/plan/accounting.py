@@ -98,7 +98,8 @@ def _longest_cycle(pairs: str) -> int:
     follows = {int(a): int(b) for a, b in re.findall(r"(\d+),(\d+)", pairs)}
     longest, left = 1, set(follows)
     while left:
-        at, seen = min(left - set(follows.values()), default=min(left)), set()
+        at = min(left - set(follows.values()), default=min(left))
+        seen: set[int] = set()
         while at in left - seen:
             seen.add(at)
             at = follows[at]

@@ -75,7 +75,7 @@ def state_bytes(trainer: Trainer, batch: dict[str, jax.ShapeDtypeStruct], shardi
 
 def memory_of(compiled: jax.stages.Compiled, program: Program, state: State) -> Memory:
     """The compiler's account of a program, divided by kind."""
-    told = compiled.memory_analysis()
+    told: Any = compiled.memory_analysis()
     given, out, same, temporary = (
         int(getattr(told, f"{name}_size_in_bytes")) for name in ("argument", "output", "alias", "temp")
     )
