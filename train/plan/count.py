@@ -20,6 +20,7 @@ def flops(traced: Any) -> int:
 def _flops(jaxpr: Jaxpr, parts: int) -> int:
     """parts: devices that each do what the jaxpr says."""
     total = 0
+    eqn: Any  # shapes are not attributes of every abstract value
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         of, out = ([getattr(v.aval, "shape", ()) for v in side] for side in (eqn.invars, eqn.outvars))

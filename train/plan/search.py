@@ -76,7 +76,7 @@ def _candidates(config: Config) -> Iterator[Config]:
     heads = model.num_kv_heads or model.num_heads
     product = mesh.fsdp * mesh.tensor
     splits = [t for t in range(1, product + 1) if product % t == 0 and heads % t == 0]
-    found: list[tuple[float, Config]] = []
+    found: list[tuple[float, int, Config]] = []
     for remat in REMAT[REMAT.index(model.remat) :]:
         for tensor in splits:
             fsdp = product // tensor

@@ -40,19 +40,13 @@ def _traffic(program: Program, run: Run) -> int:
         return 2 * _written(run.computation.operands(i)[1])
     if i.opcode == "fusion":
         read = [_written(shapes) for shapes in run.computation.operands(i)]
-        return _fusion(program.computations[i.called("calls")[0]], i, read)
+        return _fusion(program, i, read)
     return _read(run) + written
 
 
-def _fusion(inner: Computation, i: Instruction, read: list[int]) -> int:
-    users: dict[str, list[Instruction]] = {}
-    for j in inner.instructions.values():
-        for name in j.operands:
-            users.setdefault(name, []).append(j)
-    total = 0
-    for j in inner.instructions.values():
-        if j.opcode == "parameter" and int(j.inside) < len(read):
-            total += min(read[int(j.inside)], sum(_part(inner, user, name) for user, name in _uses(j, users)))
+def _fusion(program: Program, i: Instruction, read: list[int]) -> int:
+    inner = program.computations[i.called("calls")[0]]
+    total = sum(min(size, _parameter(program, inner, place)) for place, size in enumerate(read))
     written = _results(inner, i)
     for j in inner.instructions.values():
         if j.opcode == "dynamic-update-slice" and any(s.size == j.shapes[0].size and not s.on_chip for s in i.shapes):
@@ -71,6 +65,16 @@ def _results(inner: Computation, i: Instruction) -> int:
     return sum(_written((s,)) for s, j in zip(i.shapes, made, strict=True) if j.opcode not in ("parameter", *KINDS))
 
 
+def _parameter(program: Program, inner: Computation, place: int) -> int:
+    """Bytes that a fusion reads of its operand at `place`."""
+    users: dict[str, list[Instruction]] = {}
+    for j in inner.instructions.values():
+        for name in dict.fromkeys(j.operands):
+            users.setdefault(name, []).append(j)
+    found = [j for j in inner.instructions.values() if j.opcode == "parameter" and int(j.inside) == place]
+    return sum(_part(program, inner, user, name) for j in found for user, name in _uses(j, users))
+
+
 def _uses(j: Instruction, users: dict[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
     """Who uses an array and by which name, seen through changes of its shape alone."""
     found = []
@@ -79,8 +83,11 @@ def _uses(j: Instruction, users: dict[str, list[Instruction]]) -> list[tuple[Ins
     return found
 
 
-def _part(inner: Computation, user: Instruction, name: str) -> int:
-    """Bytes of the array `name` that a user reads."""
+def _part(program: Program, inner: Computation, user: Instruction, name: str) -> int:
+    """Bytes of the array `name` that a user reads; fusions may hold fusions."""
+    if user.opcode == "fusion":
+        nested = program.computations[user.called("calls")[0]]
+        return sum(_parameter(program, nested, place) for place, given in enumerate(user.operands) if given == name)
     first = user.operands[0] == name
     if first and user.opcode in _READS_A_PART:
         return user.shapes[0].bytes

@@ -147,7 +147,7 @@ def _attend(w: Walk, q: Array, k: Array, v: Array, score_xs: Any, rest: Arrays) 
 
     def visit(pair: _Pair, kv: Any, acc: Any) -> Any:
         def compute(out: Array, lse: Array) -> tuple[Array, Array]:
-            more, its_lse = w.backend.attend_part(_part(w, pair, q, *kv, score_xs, rest))
+            more, its_lse = w.backend.attend_part(_part(w, pair, q, kv, score_xs, rest))
             more = more.astype(jnp.float32)
             return (out + more, lse) if w.pointwise else merge_lse(out, lse, more, its_lse)
 
@@ -171,7 +171,7 @@ def _backward(w: Walk, saved: Any, cotangents: tuple[Array, Array]) -> Any:
 
     def visit(pair: _Pair, kv: Any, acc: Any, travelling: Any) -> Any:
         def compute(dq: Array, dk: Array, dv: Array, dxs: list[Array]) -> Any:
-            part = _part(w, pair, q, *kv, score_xs, rest)
+            part = _part(w, pair, q, kv, score_xs, rest)
             d = w.backend.part_gradients(part, *(x[pair.row_slot] for x in (out, lse, d_out, d_lse)))
             parts = [x for x in d.score if x is not None]
             added = [
@@ -259,10 +259,10 @@ def _where_visible(w: Walk, pair: _Pair, rest: Arrays, compute: Callable[..., An
     return lax.cond((_states(w, pair, rest) != EMPTY).any(), compute, lambda *same: same, *values)
 
 
-def _part(w: Walk, pair: _Pair, q: Array, k: Array, v: Array, score_xs: Any, rest: Arrays) -> Part:
+def _part(w: Walk, pair: _Pair, q: Array, kv: tuple[Array, Array], score_xs: Any, rest: Arrays) -> Part:
     """A pair of chunks as a backend takes it."""
     c = w.chunks
-    q, k, v = q[pair.row_slot], k[pair.key_slot], v[pair.key_slot]
+    q, k, v = q[pair.row_slot], kv[0][pair.key_slot], kv[1][pair.key_slot]
     b, h = (lax.axis_index(names) * n if names else 0 for names, n in ((w.axes.batch, len(q)), (w.axes.heads, q.shape[2])))
     origin = jnp.stack([jnp.asarray(x, jnp.int32) for x in (b, h, pair.row * c.rows, pair.column * c.columns)])
     q_positions, kv_positions = (
