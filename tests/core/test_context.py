@@ -148,14 +148,16 @@ def assert_equal(got, want, tolerance=1e-5):
 @pytest.mark.parametrize("way", ["zigzag", "natural", "all_to_all"])
 @pytest.mark.parametrize("name", CASES)
 def test_means_what_it_means_on_one_device(name, way, expected):
+    want = expected(name)
     with on(MESH, **WAYS[way]):
-        assert_equal(results(CASES[name], backend="blockwise"), expected(name))
+        assert_equal(results(CASES[name], backend="blockwise"), want)
 
 
 @pytest.mark.parametrize("way", ["ring", "all_to_all"])
 def test_rows_heads_and_tokens_divided_at_once(way, expected):
+    want = expected("packed documents, dropout")
     with on(mesh_of(data=2, tensor=2, context=2), **WAYS[way]):
-        assert_equal(results(CASES["packed documents, dropout"]), expected("packed documents, dropout"))
+        assert_equal(results(CASES["packed documents, dropout"]), want)
 
 
 def test_eight_devices_and_a_single_key_head(expected):

@@ -109,7 +109,7 @@ def test_what_does_not_divide_stays_whole():
 @pytest.mark.parametrize("mixer", catalog.mixers())
 def test_every_mixer_is_divided(mixer):
     """At a real width: every name has a rule, and next to nothing stays whole on fsdp=4, tensor=2."""
-    config = LMConfig(dim=512, num_layers=2, num_heads=8, mixer=mixer)
+    config = LMConfig(dim=512, num_layers=2, num_heads=8, positions="none", mixer=mixer)
     params = jax.eval_shape(lambda: nnx.split(DecoderLM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)[1])
     variables = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     names = {name for v in variables for name in axis_names(v) or ()}
