@@ -176,7 +176,7 @@ class GlobalAttention(nnx.Module):
     ) -> Float[Array, "*B S"]:
         """`luong_score` with the parameters of this attention."""
         w_a, v_a = (None if p is None else p[...].astype(h_t.dtype) for p in (self.w_a, self.v_a))
-        known = {"source_identity": self.source_identity, "of_source": of_source}
+        known: dict[str, Any] = {"source_identity": self.source_identity, "of_source": of_source}
         return luong_score(h_t, h_s, self.kind, w_a=w_a, v_a=v_a, **known)
 
     def attend(

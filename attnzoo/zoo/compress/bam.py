@@ -58,7 +58,7 @@ def average_params(states: Sequence[PyTree]) -> PyTree:
 
     def mean(*leaves: Array) -> Array:
         wide = jnp.promote_types(leaves[0].dtype, jnp.float32)
-        return (sum(leaf.astype(wide) for leaf in leaves) / len(leaves)).astype(leaves[0].dtype)
+        return jnp.stack([leaf.astype(wide) for leaf in leaves]).mean(axis=0).astype(leaves[0].dtype)
 
     return jax.tree.map(mean, *states)
 
