@@ -129,7 +129,7 @@ class LuongDecoder(nnx.Module):
         if self.attention is None:
             a_t = jnp.zeros(cache.source_mask.shape)
         else:
-            source = {"mask": cache.source_mask, "of_source": cache.of_source}
+            source: dict[str, Any] = {"mask": cache.source_mask, "of_source": cache.of_source}
             h_t, a_t = self.attention(h_t, cache.source, t=cache.seen, **source)
         return h_t, a_t, _moved(cache, (states, h_t, cache.seen + 1))
 

@@ -62,8 +62,7 @@ def average_params(states: Sequence[PyTree]) -> PyTree:
 
     def mean(*leaves: Array) -> Array:
         wide = jnp.promote_types(leaves[0].dtype, jnp.float32)
-        total = functools.reduce(jnp.add, (leaf.astype(wide) for leaf in leaves))
-        return (total / len(leaves)).astype(leaves[0].dtype)
+        return jnp.stack([leaf.astype(wide) for leaf in leaves]).mean(axis=0).astype(leaves[0].dtype)
 
     return jax.tree.map(mean, *states)
 

@@ -335,9 +335,8 @@ def sink_report(
     if len(shapes) != 1 or len(shape) != 4 or shape[2] != shape[3]:
         raise ValueError(f"weights: needs layers of one shape [B, N, T, T], got {sorted(shapes)}")
     columns = [_columns(w, visible) for w in weights]
-    sinks = np.stack([np.asarray(rule(one)) for one in columns])
-    total = np.stack([np.asarray(one.total) for one in columns])  # [L, B, N, T], of rows that sum to 1
-    share = total / np.maximum(total.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
+    sinks, total = (np.stack(list(part)) for part in ((rule(one) for one in columns), (one.total for one in columns)))
+    share = total / np.maximum(total.sum(-1, keepdims=True), np.finfo(np.float32).tiny)  # [L, B, N, T], of all that is seen
     first = np.stack([np.broadcast_to(one.own == 1, shape[:-1]) for one in columns])
     return SinkReport(
         count=sinks.sum(-1).mean(1),

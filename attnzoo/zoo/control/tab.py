@@ -174,8 +174,10 @@ def map_supervision_loss(
     if weights.shape != target.shape:
         raise ValueError(f"target: needs the shape of weights, {weights.shape}; got {target.shape}")
     a, m = weights.astype(jnp.float32), target.astype(jnp.float32)
-    norms = jnp.sqrt(jnp.maximum((a * a).sum(axis=-1) * (m * m).sum(axis=-1), 1e-16))
-    return mean_over_tokens(1 - (a * m).sum(axis=-1, keepdims=True) / norms[..., None], where)[0]
+    square = (a * a).sum(axis=-1, keepdims=True) * (m * m).sum(axis=-1, keepdims=True)
+    some = square > 1e-16
+    cosine = (a * m).sum(axis=-1, keepdims=True) / jnp.sqrt(jnp.where(some, square, 1))
+    return mean_over_tokens(1 - jnp.where(some, cosine, 0), where)[0]
 
 
 def pointing_game(weights: Float[Array, "*B S"], changed: Bool[Array, "*B P"]) -> Float[Array, ""]:

@@ -266,12 +266,13 @@ def test_a_prompt_in_the_cache_is_calibrated_like_a_whole_one_under_a_mask(x):
     np.testing.assert_array_equal(cache.aux.own[0, 0, :T], np.minimum(4, 1 + np.arange(T)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16])
-def test_the_cache_in_bfloat16(x, dtype):
-    mixer = ACTAttention.like(plain(dtype=dtype), rule=RULE)
-    y, _ = prefill(mixer, x.astype(dtype), mixer.init_cache(B, T))
-    assert y.dtype == dtype
-    np.testing.assert_allclose(*(np.asarray(o, np.float32) for o in (y, run(mixer, x.astype(dtype)))), atol=0.1)
+def test_the_cache_in_bfloat16(x):
+    """With beta = 1: averages near the threshold may fall on either side of it."""
+    mixer = ACTAttention.like(plain(dtype=jnp.bfloat16), rule=RULE, beta=1.0)
+    x = x.astype(jnp.bfloat16)
+    y, _ = prefill(mixer, x, mixer.init_cache(B, T))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.asarray(o, np.float32) for o in (y, run(mixer, x))), atol=0.1)
 
 
 # --- choosing heads, reports -----------------------------------------------------------------------------
