@@ -159,6 +159,7 @@ def cells(measured: Measured) -> tuple[str, str, str, str]:
 
 def plot(board: Leaderboard, path: Path) -> None:
     """Scores against training time, decoding time and cache; a line joins the two axes of a mixer."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels: dict[str, Callable[[Measured], float | None]] = {
@@ -175,13 +176,13 @@ def plot(board: Leaderboard, path: Path) -> None:
             both = (entry.equal_parameters, entry.equal_cache)
             points = [(of(m), m.score) for m in both if m is not None and of(m) is not None]
             if points:
-                color = f"C{number % 10}"
-                axes.plot(*zip(*points, strict=True), "-", color=color, alpha=0.4)
-                axes.plot(*points[0], "o", color=color)
-                axes.plot(*points[-1], "s", color=color, markersize=5, fillstyle="none")
-                axes.annotate(entry.mixer, points[0], xytext=(5, 4), textcoords="offset points", fontsize=8)
+                color = colormaps["tab20"](number % 20)
+                axes.plot(*zip(*points, strict=True), "-", color=color, alpha=0.6)
+                axes.plot(*points[0], "o", color=color, label=entry.mixer if axes is all_axes[0] else None)
+                axes.plot(*points[-1], "s", color=color, markersize=7, fillstyle="none")
         axes.set_xlabel(name)
         axes.grid(alpha=0.25)
     all_axes[0].set_ylabel(f"{board.metric} (validation, {board.better})")
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)  # in the order of the scores
     figure.suptitle(f"{board.suite.name}: dots at equal parameters, squares with a small cache as well", fontsize=11)
     figure.savefig(path, dpi=120)
