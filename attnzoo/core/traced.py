@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.sharding import AbstractMesh
 
 from attnzoo.core.cells import Operand
 
@@ -24,7 +25,9 @@ def bind_function(
     Raises TypeError when ``f`` cannot be traced, or does not return one scalar.
     """
     try:
-        closed, out = jax.make_jaxpr(f, return_shape=True)(*scalars)
+        # The mesh of the moment would be written into every equation, and be wrong inside a shard_map.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            closed, out = jax.make_jaxpr(f, return_shape=True)(*scalars)
     except Exception as e:
         raise TypeError(f"the {what} could not be traced with scalar arguments: {type(e).__name__}: {e}") from e
     leaves = jax.tree.leaves(out)

@@ -218,13 +218,16 @@ def test_what_moves():
 
 
 def test_memory_falls_with_the_devices():
-    """Forward and backward at 32k tokens: arguments, results and temporaries per device, against one device."""
+    """Forward and backward at 32k tokens: arguments, results and temporaries per device, against one device.
+
+    An eighth of the tokens, and on top of it the shard that is on its way and its gradients.
+    """
 
     def bytes_of(mesh):
         m = compiled(mesh, 2**15, masks.Causal(), n=2, k=2, h=64).memory_analysis()
         return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
 
-    assert bytes_of(mesh_of(context=8)) <= bytes_of(mesh_of(context=1)) / 6
+    assert bytes_of(mesh_of(context=8)) <= bytes_of(mesh_of(context=1)) / 4.5
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
@@ -329,7 +332,7 @@ def test_explain_says_what_happens_across_the_mesh():
         ({}, {"weights": Entmax(1.5)}, "needs whole rows of logits at once.*exchange='all_to_all' brings whole rows"),
         ({}, {"return_weights": True}, "return_weights asks for"),
         ({}, {"backend": "dense"}, "'dense' cannot run this: it computes whole rows.*'blockwise' can"),
-        ({"t": 62}, {}, "62 queries do not divide over .'context'. of the mesh, 4 devices; pad"),
+        ({"t": 62}, {}, "62 queries do not divide over .'context',. of the mesh, 4 devices; pad"),
         ({"s": 30}, {}, "30 keys do not divide"),
         ({"t": 60, "zigzag": True}, {}, "zigzag=True cuts a sequence into 2 × 4 parts, but the call has 60 queries"),
         ({"k": 2, "exchange": "all_to_all"}, {}, "own heads, but the call has 2 key/value heads for 8.*'ring' takes any"),

@@ -243,9 +243,8 @@ class ACTAttention(GroupedQueryAttention):
         columns = self._seen(cache, positions, w, ok)
         calibrated = act_calibrate(w, self.rule(columns), beta=self.beta)
         w = jnp.where(self.switch[...][:, None, None], calibrated, w)
-        v = cache.payload["v"]
-        w = w.reshape(w.shape[0], v.shape[1], -1, *w.shape[2:]).astype(v.dtype)
-        o = jnp.einsum("bkgts,bksh->btkgh", w, v, preferred_element_type=jnp.float32).reshape(q.shape)
+        v = cache.payload["v"].astype(jnp.float32)
+        o = jnp.einsum("bkgts,bksh->btkgh", w.reshape(w.shape[0], v.shape[1], -1, *w.shape[2:]), v).reshape(q.shape)
         return self.merge(o.astype(x.dtype), x), dataclasses.replace(cache, aux=columns)
 
     def _seen(self, cache: LayerCache, positions: Array, w: Float[Array, "B N T S"], ok: Bool[Array, "B N T S"]) -> Columns:
