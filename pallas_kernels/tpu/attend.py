@@ -67,13 +67,19 @@ def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], 
     return (out, lse), (q, k, v, score, rest, out, lse)
 
 
-def attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any:
-    """Gradients from the ``(out, lse)`` among what was saved, which may be of more keys than these."""
-    q, k, v, score, rest, out, lse = saved
-    lists, mask, call = rest
+def _attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any:
+    *arrays, out, lse = saved
     d_out, d_lse = cotangents
-    x = Inputs(q, k, v, _laid(p, score), mask, call)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)[:, :, None] - d_lse
+    return attend_gradients(p, tuple(arrays), lse, d_out, delta)
+
+
+def attend_gradients(p: Problem, arrays: Any, lse: Any, d_out: Any, delta: Any) -> Any:
+    """Of the arguments ``(q, k, v, score, rest)`` of :func:`attend`, from the log-sum-exp of all keys of its queries, which may
+    be more than these, and ``delta = Σ d_out·out - d_lse``."""
+    q, k, v, score, rest = arrays
+    lists, mask, call = rest
+    x = Inputs(q, k, v, _laid(p, score), mask, call)
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))
     d_out = d_out.astype(v.dtype)
     dq, by_row = queries_gradient(p, lists.rows, x, d_out, norm, delta)
@@ -92,4 +98,4 @@ def _no_gradient(x: Any) -> Any:
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
-attend.defvjp(_attend_forward, attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)

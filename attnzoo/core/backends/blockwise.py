@@ -87,12 +87,12 @@ def attend_part(part: Part) -> tuple[Array, Array]:
     return jnp.moveaxis(out, 1, 2), lse
 
 
-def part_gradients(part: Part, out: Array, lse: Array, d_out: Array, d_lse: Array) -> PartGradients:
-    """Of the part's arrays, where ``out`` and ``lse`` are of *all* keys of its queries, and ``d_out``, ``d_lse`` their
-    cotangents."""
+def part_gradients(part: Part, lse: Array, d_out: Array, delta: Array) -> PartGradients:
+    """Of the part's arrays, where ``lse`` is of *all* keys of its queries, ``d_out`` the cotangent of their results, and
+    ``delta = Σ d_out·out - d_lse``."""
     problem, padded, rest = _problem(part)
-    out, d_out = jnp.moveaxis(out, 2, 1), jnp.moveaxis(d_out, 2, 1)
-    dq, dk, dv, d_padded, _ = _backward(problem, (part.q, part.k, part.v, padded, rest, out, lse), (d_out, d_lse))
+    arrays = part.q, part.k, part.v, padded, rest
+    dq, dk, dv, d_padded, _ = _gradients(problem, arrays, lse, jnp.moveaxis(d_out, 2, 1), delta)
     operands = part.score.operands if part.score else ()
     d_score = [
         None if d.dtype == jax.dtypes.float0 else unpad_operand(op, d, *problem.walk.padding)
@@ -270,8 +270,14 @@ def _forward(p: Problem, q: Array, k: Array, v: Array, score_xs: list[Array], re
 
 
 def _backward(p: Problem, saved: Any, cotangents: tuple[Array, Array]) -> Any:
-    q, k, v, score_xs, rest, out, lse = saved
+    *arrays, out, lse = saved
     d_out, d_lse = _once_differentiable(cotangents)
+    return _gradients(p, tuple(arrays), lse, d_out, jnp.swapaxes((d_out * out).sum(-1), 1, 2) - d_lse)
+
+
+def _gradients(p: Problem, arrays: Any, lse: Array, d_out: Array, delta: Array) -> Any:
+    """Of the arguments of ``_attend``; ``delta [B, N, T]``."""
+    q, k, v, score_xs, rest = arrays
     w = p.walk
     (bt, nt, block_q, block_k), kt, g = w.size, w.kv_heads, p.geometry(rest)
     ks, vs = (_by_blocks(x, block_k, w.blocks_k) for x in (k, v))
@@ -282,7 +288,7 @@ def _backward(p: Problem, saved: Any, cotangents: tuple[Array, Array]) -> Any:
         return x.reshape(*x.shape[:2], w.blocks_q, block_q)
 
     # ds = weights · (dw - delta), with delta = Σ weights·dw - d_lse. Rows that saw nothing get weights 0.
-    delta = rows_by_blocks(jnp.swapaxes((d_out * out).sum(-1), 1, 2) - d_lse)
+    delta = rows_by_blocks(delta)
     norm = rows_by_blocks(jnp.where(jnp.isneginf(lse), jnp.inf, lse), fill=jnp.inf)
     qs, d_outs = (_padded(x.astype(v.dtype), w.padding[0]) for x in (q, d_out))
     differentiable = [jnp.issubdtype(x.dtype, jnp.floating) for x in score_xs]

@@ -265,10 +265,10 @@ def attend_part(part: Part, packed: Geometry | None = None) -> tuple[Any, Any]:
     return out[:, :, : problem.queries], lse[:, :, 0, : problem.queries]
 
 
-def part_gradients(part: Part, out: Any, lse: Any, d_out: Any, d_lse: Any) -> PartGradients:
-    """Of the part's arrays, where ``out`` and ``lse`` are of *all* keys of its queries, and ``d_out``, ``d_lse`` their
-    cotangents."""
-    from pallas_kernels.tpu.attend import attend_backward
+def part_gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
+    """Of the part's arrays, where ``lse`` is of *all* keys of its queries, ``d_out`` the cotangent of their results, and
+    ``delta = Σ d_out·out - d_lse``."""
+    from pallas_kernels.tpu.attend import attend_gradients
 
     problem, arrays = _problem(part, None)
     rows = problem.padded[0] - problem.queries
@@ -276,8 +276,8 @@ def part_gradients(part: Part, out: Any, lse: Any, d_out: Any, d_lse: Any) -> Pa
     def padded(x: Any, fill: float = 0.0) -> Any:
         return jnp.pad(x, [(0, 0), (0, 0), (0, rows)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
 
-    whole = padded(out), padded(lse, -jnp.inf)[:, :, None]
-    dq, dk, dv, d_score, _ = attend_backward(problem, (*arrays, *whole), (padded(d_out), padded(d_lse)[:, :, None]))
+    norm, delta = padded(lse, -jnp.inf)[:, :, None], padded(delta)[:, :, None]
+    dq, dk, dv, d_score, _ = attend_gradients(problem, arrays, norm, padded(d_out), delta)
     dq, dk, dv = (jnp.moveaxis(d[:, :, : x.shape[1]], 1, 2) for d, x in ((dq, part.q), (dk, part.k), (dv, part.v)))
     return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
 

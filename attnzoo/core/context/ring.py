@@ -166,13 +166,14 @@ def _forward(w: Walk, q: Array, k: Array, v: Array, score_xs: Any, rest: Arrays)
 def _backward(w: Walk, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     q, k, v, score_xs, rest, out, lse = saved
     d_out, d_lse = cotangents
+    delta = (d_out * out).sum(-1) - d_lse  # here once, so that the results need not be held while the ring is walked
     moving = [jnp.issubdtype(x.dtype, jnp.floating) for x in score_xs]
     windows = [window for window, moves in zip(w.score_windows, moving, strict=True) if moves]
 
     def visit(pair: _Pair, kv: Any, acc: Any, travelling: Any) -> Any:
         def compute(dq: Array, dk: Array, dv: Array, dxs: list[Array]) -> Any:
             part = _part(w, pair, q, kv, score_xs, rest)
-            d = w.backend.part_gradients(part, *(x[pair.row_slot] for x in (out, lse, d_out, d_lse)))
+            d = w.backend.part_gradients(part, *(x[pair.row_slot] for x in (lse, d_out, delta)))
             parts = [x for x in d.score if x is not None]
             added = [
                 window.add(x, dx, w.chunks, pair.row_slot, pair.row, pair.column)
