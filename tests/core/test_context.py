@@ -145,8 +145,12 @@ def assert_equal(got, want, tolerance=1e-5):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
+# In a hurry, the cases that share least.
+QUICK = ("causal", "packed documents, dropout", "functions, positions", "bias per cell, blocks, prefix")
+
+
 @pytest.mark.parametrize("way", ["zigzag", "natural", "all_to_all"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_means_what_it_means_on_one_device(name, way, expected):
     want = expected(name)
     with on(MESH, **WAYS[way]):
@@ -198,13 +202,13 @@ def collectives(text: str) -> set[str]:
     return {kind for kind in kinds if re.search(rf"= .* {kind}(-start)?\(", text)}
 
 
-def compiled(mesh, t, mask, n=4, k=2, h=16, **options):
+def compiled(mesh, t, mask, n=4, k=2, h=16, block_sizes=None, **options):
     with on(mesh, **options):
         where = NamedSharding(mesh, P(None, "context"))
         shapes = [jax.ShapeDtypeStruct((1, t, heads, h), jnp.float32, sharding=where) for heads in (n, k, k)]
 
         def loss(q, k, v):
-            return (attention(q, k, v, mask=mask, backend="blockwise") ** 2).sum()
+            return (attention(q, k, v, mask=mask, backend="blockwise", block_sizes=block_sizes) ** 2).sum()
 
         return jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=(where,) * 3).lower(*shapes).compile()
 
@@ -220,14 +224,14 @@ def test_what_moves():
 def test_memory_falls_with_the_devices():
     """Forward and backward at 32k tokens: arguments, results and temporaries per device, against one device.
 
-    An eighth of the tokens, and on top of it the shard that is on its way and its gradients.
+    An eighth of the tokens, and on top of it the shards of keys, values and their gradients that are on their way.
     """
 
     def bytes_of(mesh):
-        m = compiled(mesh, 2**15, masks.Causal(), n=2, k=2, h=64).memory_analysis()
+        m = compiled(mesh, 2**15, masks.Causal(), n=2, k=2, h=128, block_sizes=(256, 256)).memory_analysis()
         return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
 
-    assert bytes_of(mesh_of(context=8)) <= bytes_of(mesh_of(context=1)) / 4.5
+    assert bytes_of(mesh_of(context=8)) <= bytes_of(mesh_of(context=1)) / 5
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
