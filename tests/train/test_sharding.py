@@ -40,7 +40,7 @@ def eight(tiny, replaced):
 EQUAL = ["transformer", "value_residual", "tpa", "transmla", "cca"]
 
 
-@pytest.mark.parametrize("mixer", EQUAL[1:])
+@pytest.mark.parametrize("mixer", [m if m in ("tpa", "cca") else pytest.param(m, marks=pytest.mark.slow) for m in EQUAL[1:]])
 def test_a_mesh_does_not_change_the_loss_of_other_mixers(mixer, eight, replaced):
     config = replaced(eight, {"mixer": mixer, "model.num_layers": 2, "model.dim": 32, "model.num_heads": 4})
     one, _, _ = train(config, 8)
@@ -180,7 +180,11 @@ def fifty_alone():
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(context=8), MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=4, context=2, exchange="all_to_all")],
+    [
+        MeshConfig(data=2, tensor=2, context=2),
+        pytest.param(MeshConfig(context=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=4, context=2, exchange="all_to_all"), marks=pytest.mark.slow),
+    ],
     ids=describe,
 )
 def test_fifty_steps_with_sequences_divided(mesh, tiny, replaced, fifty_alone):
