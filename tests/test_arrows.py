@@ -54,7 +54,7 @@ def allowed(importer: str) -> set[str]:
     if importer in ("attnzoo.models", "train"):  # they take a mechanism by its key
         below |= {"attnzoo.catalog"}
     if importer == "train":
-        below |= {"attnzoo", "attnzoo.card"}
+        below |= {"attnzoo", "attnzoo.card", "attnzoo.convert"}
     return below | LEAVES
 
 

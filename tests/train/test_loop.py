@@ -52,10 +52,11 @@ def test_steps_send_nothing_to_the_host_and_take_only_the_batch(tiny, replaced):
 
     trainer = Trainer(make_task(tiny), tiny, make_mesh(tiny.mesh))
     data = iter(trainer.task.batches())
-    state, metrics = trainer.train_step(trainer.init(), trainer.put(next(data)))
+    first, *batches = (trainer.put(next(data)) for _ in range(3))
+    state, metrics = trainer.train_step(trainer.init(), first)
     with jax.transfer_guard("disallow"):
-        for _ in range(2):
-            state, metrics = trainer.train_step(state, trainer.put(next(data)))
+        for batch in batches:
+            state, metrics = trainer.train_step(state, batch)
     assert float(metrics["loss"]) > 0
 
 
