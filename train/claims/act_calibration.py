@@ -1,4 +1,4 @@
-"""The claim of ACT: calibrating the sinks of a few heads, chosen on a small labelled set, does not hurt and may help.
+"""The claim of ACT: calibrating the sinks of a few heads, chosen on a small labelled set, raises accuracy.
 
 A 2-layer causal Transformer (D = 16, N = 4, RoPE) reads 32 of 16 symbols, a separator after every fourth of them, and says
 at the end which symbol came most often (one strictly does). 300 steps of 64 sequences with Adam from 2e-3. Then, without
@@ -6,7 +6,7 @@ training: every head of both layers is calibrated alone (beta = 0.4, sinks above
 that help are put together greedily. Measured: the accuracy on 1024 fresh sequences before and after.
 
 With four symbols the task is too easy to tell anything: after 600 steps every answer is right, and no head is chosen.
-What came out with 16 is that nothing is lost; the gain that the paper sees in large models does not show at this size.
+With 16 few heads have sinks after the first token, and the gain that the paper sees in large models does not show.
 """
 
 import time
@@ -106,16 +106,14 @@ def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
         alone.append([round(value - found.base, 4) for value in found.alone.values()])
         sinks.append(np.round(sink_report(layer_weights(model, few[0]), RULE).count, 3).tolist())
     before, after = values["not calibrated"], values["calibrated"]
-    no_loss = all(a >= b - 0.01 for a, b in zip(after, before, strict=True))
-    chosen_well = all(a >= b for a, b in zip(labelled["calibrated"], labelled["not calibrated"], strict=True))
     return ClaimResult(
         key="act_calibration",
-        claim="without training, calibrating the sinks of heads chosen on few labelled samples keeps or raises accuracy",
+        claim="without training, calibrating the sinks of heads chosen on few labelled samples raises accuracy",
         metric="accuracy on fresh sequences",
         seeds=seeds,
         values=values,
-        margin="with every seed at most 0.01 below the accuracy without calibration, and not below it on the labelled set",
-        reproduced=no_loss and chosen_well,
+        margin="on fresh sequences above the accuracy without calibration, with every seed",
+        reproduced=all(a > b for a, b in zip(after, before, strict=True)),
         seconds=time.perf_counter() - start,
         details={
             "steps": steps,
