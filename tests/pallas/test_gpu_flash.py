@@ -1,34 +1,18 @@
 """The GPU forward kernel, simulated: warpgroups, copies and barriers; races, unwritten memory and reads past ends raise."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.gpu import choice
-from pallas_kernels.gpu.flash import forward
 from pallas_kernels.gpu.launch import simulation
-from pallas_kernels.gpu.tiles import make_tiles
-from tests.pallas.gpu_cases import CASES
+from tests.pallas.gpu_cases import CASES, results
+from tests.pallas.gpu_cases import check_forward as check
 
 
 def simulated(c, state=None):
-    state = c.state if state is None else state
     with simulation():
-        run = jax.jit(lambda x, state: forward(c.p, make_tiles(state.reshape(-1, *state.shape[2:])), x, slots=2))
-        if isinstance(state, np.ndarray):
-            run = jax.jit(lambda x: forward(c.p, make_tiles(state.reshape(-1, *state.shape[2:])), x, slots=2))
-            got = run(c.x)
-        else:
-            got = run(c.x, state)
-        out, lse = jax.block_until_ready(got)
-    return np.asarray(out, np.float64)[:, : c.p.queries], np.asarray(lse, np.float64)[:, :, : c.p.queries]
-
-
-def check(c, out, lse):
-    np.testing.assert_allclose(out, c.out, atol=1.2e-2 * abs(c.out).max())
-    if c.lse is not None:
-        np.testing.assert_allclose(lse, c.lse, atol=2e-5)
+        return results(c, state)
 
 
 def test_ragged_lengths():

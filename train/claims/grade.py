@@ -5,10 +5,9 @@ order, read by a language model of 2 layers, D = 48, N = 4; 2000 steps of 64 row
 by the dependencies found in 500 rows, against the same model without it. Measured on 4096 fresh rows: how often features 2
 and 3 are named rightly where their determinant stands earlier in the row, mean of the two.
 
-It takes steps for the graph to leave its flat start: after 600 (seeds 0 and 1, with the cross-entropy averaged over pairs)
-both models knew little more than the commonest values, 0.35 and 0.30 with the graph, 0.34 and 0.29 without. Where every
-feature has value tokens of its own, the task is too easy to tell them apart: both reach 1.0 in 600 steps (seed 0). The
-2000 steps, the summed cross-entropy and the margin were settled after a look at seed 0.
+It takes steps for the graph to leave its flat start, and where every feature has value tokens of its own the task is too
+easy to tell the two apart. The 2000 steps, the summed cross-entropy and the margin were settled after a look at seeds 0 and
+1, so others are reported. Both models start from the same weights.
 """
 
 import functools
@@ -78,7 +77,7 @@ def accuracies(model: GraDeLM, batch: tuple[Array, Array, Array]) -> Float[Array
     return jnp.stack(found)
 
 
-def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
+def run(seeds: Sequence[int] = (2, 3), quick: bool = False) -> ClaimResult:
     """quick: a few steps, to see that it runs."""
     start = time.perf_counter()
     steps = 8 if quick else 2000
@@ -93,9 +92,9 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
         test = written(jax.random.fold_in(key, 2), 4096, maps)
         config = LMConfig(vocab_size=1 + FEATURES + VALUES, dim=48, num_layers=2, num_heads=4)
         for name in values:
-            rngs = nnx.Rngs(seed)
-            graph = FeatureGraph(FEATURES, prior_graph(FEATURES, known), rngs=rngs) if name == "GraDe" else None
-            model = GraDeLM(config, graph, rngs=rngs)
+            of_graph = nnx.Rngs(1000 + seed)
+            graph = FeatureGraph(FEATURES, prior_graph(FEATURES, known), rngs=of_graph) if name == "GraDe" else None
+            model = GraDeLM(config, graph, rngs=nnx.Rngs(seed))
             fit(model, loss, functools.partial(written, count=BATCH, maps=maps), steps=steps, seed=seed)
             found = [round(float(a), 4) for a in accuracies(model, test)]
             each[name].append(found)

@@ -2,11 +2,12 @@
 
 Strings of 8 to 16 symbols out of 20, to be written backwards or copied, by an LSTM encoder-decoder (1 layer, D = 64) with
 input feeding; 800 steps of 64 strings with Adam, cosine from 3e-3. Backwards: global attention (general) and none; copying:
-global, and local-m that reads 2 D_w + 1 = 5 states. Measured: the share of tokens of 512 fresh strings of 16 symbols that are
-right, each predicted from the right ones before it. local-p on the backward task is reported only.
+global, local-m that reads 2 D_w + 1 = 5 states, and none. Measured: the share of tokens of 512 fresh strings of 16 symbols
+that are right, each predicted from the right ones before it. local-p on the backward task and none on copying are reported
+only.
 
-Beside it the alignment error rate of the largest weights. On the backward task it is bad though the output is right: 93 of 100
-of them lie one state past the symbol that is written, in a state that has read it (seed 0).
+Beside it the alignment error rate of the largest weights, and how many of them lie one state past the symbol that is
+written, in a state that has read it: on the backward task the output is right though the alignment is not.
 """
 
 import functools
@@ -33,6 +34,7 @@ METHODS: dict[str, tuple[bool, dict[str, Any]]] = {  # name -> (backwards, confi
     "reverse: none": (True, {"attention": "none"}),
     "reverse: local-p": (True, {"attention": "local-p", "attention_args": {"window": 5}}),
     "copy: global": (False, {"attention": "global"}),
+    "copy: none": (False, {"attention": "none"}),
     "copy: local-m, D_w = 2": (False, {"attention": "local-m", "attention_args": {"window": 2}}),
 }
 
@@ -73,6 +75,7 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     steps = 8 if quick else 800
     values: dict[str, list[float]] = {name: [] for name in METHODS}
     errors: dict[str, list[float]] = {name: [] for name in METHODS if "none" not in name}
+    past: dict[str, list[float]] = {name: [] for name in errors}
     for seed in seeds:
         for name, (backwards, options) in METHODS.items():
             model = LuongSeq2Seq(LuongConfig(vocab_size=FIRST + SYMBOLS, **options), rngs=nnx.Rngs(seed))
@@ -85,6 +88,7 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
                 truth = np.eye(LONGEST, dtype=bool)[::-1] if backwards else np.eye(LONGEST, dtype=bool)
                 links = argmax_links(np.asarray(weights))
                 errors[name].append(round(alignment_error_rate(links, np.broadcast_to(truth, links.shape)), 4))
+                past[name].append(round(float(links[:, np.pad(truth, ((0, 0), (1, 0)))[:, :-1]].sum() / links.sum()), 4))
     reverse, none, copy, local = (
         np.array(values[name]) for name in ("reverse: global", "reverse: none", "copy: global", "copy: local-m, D_w = 2")
     )
@@ -92,7 +96,7 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
         key="luong_attention",
         claim=(
             "attention to all source states lets a recurrent decoder write long strings backwards, where one without "
-            "attention fails, and a window of five states copies as well as the whole source"
+            "attention gets many tokens wrong, and a window of five states copies as well as the whole source"
         ),
         metric="right tokens of 16-symbol strings (share)",
         seeds=seeds,
@@ -100,5 +104,5 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
         margin="reverse: global above 0.9 and at least 0.2 above none; copy: local-m within 0.05 of global; with every seed",
         reproduced=bool(((reverse > 0.9) & (reverse - none >= 0.2) & (np.abs(copy - local) <= 0.05)).all()),
         seconds=time.perf_counter() - start,
-        details={"steps": steps, "alignment error rate of the largest weights": errors},
+        details={"steps": steps, "alignment error rate of the largest weights": errors, "share of them one state past": past},
     )
