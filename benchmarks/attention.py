@@ -4,6 +4,7 @@
     attnzoo bench attention --suite causal         # T=4096, float32 and bfloat16, forward and forward+backward
     attnzoo bench attention --suite window --repeat 9
     attnzoo bench attention --suite maps --out .   # block maps of a million tokens
+    attnzoo bench attention --suite accelerator    # the fused kernels on a GPU or TPU; what "all" means there
 
 Every suite writes ``attention_<suite>.json`` and a plot beside it. Cases take turns in one process and report medians;
 ``peak_mib`` is the growth of the process while one call runs, ``compiled_mib`` what XLA's plan of the program holds at once
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -28,6 +30,7 @@ import numpy as np
 
 from attnzoo.core.attention import attention
 from attnzoo.core.masks import Causal, Prefix, SlidingWindow
+from benchmarks import accelerator
 from benchmarks._measure import environment, interleaved, peak_mib
 
 RESULTS = Path(__file__).parent / "results"
@@ -203,7 +206,7 @@ def maps(options: argparse.Namespace) -> dict[str, Any]:
     return {"sizes": {"T": 2**20, "block": 512}, "rows": rows}
 
 
-SUITES = {"causal": causal, "window": window, "maps": maps}
+SUITES = {"causal": causal, "window": window, "maps": maps, "accelerator": accelerator.accelerator}
 
 
 def _plot(suite: str, result: dict[str, Any], path: Path) -> None:
@@ -211,6 +214,8 @@ def _plot(suite: str, result: dict[str, Any], path: Path) -> None:
 
     if suite == "maps":
         return
+    if suite == "accelerator":
+        return accelerator.plot(result, path)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     rows = result["rows"]
     memory = "compiled_mib" if suite == "window" else "peak_mib"
@@ -248,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results (default benchmarks/results)")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    for suite in SUITES if options.suite == "all" else [options.suite]:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTorch needs memory too
+    every = [name for name in SUITES if (name == "accelerator") == (jax.default_backend() != "cpu")]
+    for suite in every if options.suite == "all" else [options.suite]:
         where = environment()
         result = SUITES[suite](options)
         command = " ".join(["attnzoo bench attention", *(sys.argv[3:] if argv is None else argv)])

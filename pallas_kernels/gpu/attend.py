@@ -27,14 +27,14 @@ class Lists(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, Any]:
     """``out [B, T, N, Hv]``, ``lse [B, N, T]`` of inputs as `flash.Inputs` has them; ``score`` operands as the caller holds
-    them, rest = (lists, laid-out mask operands, seed).
+    them, rest = (lists, laid-out mask operands, call).
 
     Raises ValueError, saying what would work, for what :func:`pallas_kernels.gpu.refusal.refusal` names.
     """
     _check(p, q, k, v, backward=False)
-    lists, mask, seed = rest
+    lists, mask, call = rest
     slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k)
-    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, seed), slots)
+    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call), slots)
 
 
 def _check(p: Problem, q: Any, k: Any, v: Any, backward: bool) -> None:
@@ -53,11 +53,22 @@ def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], 
 
 
 def _attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any:
-    q, k, v, score, rest, out, lse = saved
-    lists, mask, seed = rest
+    *arrays, out, lse = saved
     d_out, d_lse = cotangents
-    x = Inputs(q, k, v, _laid(p, score), mask, seed)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
+    return attend_gradients(p, tuple(arrays), lse, d_out, delta)
+
+
+def attend_gradients(p: Problem, arrays: Any, lse: Any, d_out: Any, delta: Any) -> Any:
+    """Of the arguments ``(q, k, v, score, rest)`` of :func:`attend`, from the log-sum-exp of all keys of its queries, which may
+    be more than these, and ``delta = Σ d_out·out - d_lse``.
+
+    Raises ValueError as :func:`attend` does.
+    """
+    q, k, v, score, rest = arrays
+    _check(p, q, k, v, backward=True)
+    lists, mask, call = rest
+    x = Inputs(q, k, v, _laid(p, score), mask, call)
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))
     d_out = d_out.astype(v.dtype)
     slots = choice.backward_slots(q.shape[-1], v.shape[-1], p.block_k)

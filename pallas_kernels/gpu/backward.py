@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import tile
 from pallas_kernels.gpu.flash import COMPUTING, REGISTERS, Inputs
 from pallas_kernels.gpu.launch import launch
-from pallas_kernels.gpu.operands import Parts, sideways
+from pallas_kernels.gpu.operands import Call, Parts, sideways
 from pallas_kernels.gpu.ring import Ring, barriers, drain, fetch
 from pallas_kernels.gpu.tile import across, down
 from pallas_kernels.gpu.tiles import FULL, PARTIAL, Tiles
@@ -33,7 +33,6 @@ from pallas_kernels.gpu.warpgroup import (
     add_product,
     filled,
     laid,
-    numbers,
     product,
     read,
     shared,
@@ -70,7 +69,7 @@ def queries_gradient(
             tiles.begin,
             tiles.full,
             tiles.count,
-            x.seed,
+            x.call,
             x.q,
             x.k,
             x.v,
@@ -89,7 +88,7 @@ def queries_gradient(
     return outs[0], dict(zip(mine, outs[1:], strict=True))
 
 
-def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, minor: Any, begin: Any, full: Any, count: Any, seed: Any,
+def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, minor: Any, begin: Any, full: Any, count: Any, call: Any,
                q: Any, k: Any, v: Any, do: Any, norm: Any, delta: Any, *refs: Any) -> None:  # fmt: skip
     cut, both = len(p.score_layouts), len(p.score_layouts) + len(p.mask_layouts)
     dq, *rest = refs[both:]
@@ -99,6 +98,7 @@ def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, minor: Any
     row = tiles.rows - 1 - lax.axis_index("row")
     at = p.which_list(b, h) * tiles.rows + row
     first, length = begin[at], count[at]
+    place = Call.of(call)
     rings = [Ring(k, k_smem, k_here, k_free), Ring(v, v_smem, v_here, v_free)]
     summed = [n for n in mine if p.score_layouts[n].form != "cell"]
 
@@ -109,7 +109,7 @@ def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, minor: Any
         here = b, pl.ds(t0, ROWS), h
         plgpu.copy_gmem_to_smem(q.at[here], q_smem.at[me], q_here.at[me])
         plgpu.copy_gmem_to_smem(do.at[here], do_smem.at[me], do_here.at[me])
-        score, mask = Parts(refs[:cut], p.score_layouts, b, h, t0), Parts(refs[cut:both], p.mask_layouts, b, h, t0)
+        score, mask = Parts(p, refs[:cut], p.score_layouts, b, h, t0), Parts(p, refs[cut:both], p.mask_layouts, b, h, t0)
         score_fixed, mask_fixed = score.fixed(), mask.fixed()
         norms, deltas = (read(ref, (b, h, pl.ds(t0, ROWS)), PER_ROW) for ref in (norm, delta))
         plgpu.barrier_wait(q_here.at[me])
@@ -123,13 +123,13 @@ def _dq_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, minor: Any
             plgpu.barrier_wait(v_here.at[slot])
             for c in range(0, p.block_k, piece):
                 s0 = minor[first + n] * p.block_k + c
-                cells = b, h, numbers(shape, 0, t0), numbers(shape, 1, s0)
+                cells = place.cells(b, h, t0, s0, shape)
                 parts = score.whole(score_fixed, score.moving(s0, piece), s0, shape)
                 mask_parts = mask.whole(mask_fixed, mask.moving(s0, piece), s0, shape) if masked else None
                 keys = k_smem.at[slot, pl.ds(c, piece)]
                 s, left = _logits(p, q_smem.at[me], keys, across(norms, shape))
-                _, pull = tile.weights_again(p, s, left, cells, _tiles(parts, p, shape), mask_parts)
-                keep = None if p.keep is None else p.keep(seed[0], seed[1], *cells)
+                _, pull = tile.weights_again(p, s, left, cells, _tiles(parts, p, shape), mask_parts, place.end(p))
+                keep = None if p.keep is None else p.keep(*place.seed, *cells)
                 values = v_smem.at[slot, pl.ds(c, piece)]
                 ds, d_parts = pull(_weight_gradient(p, do_smem.at[me], values, across(deltas, shape), keep))
                 acc = add_product(acc, ds.astype(k.dtype), keys)
@@ -194,7 +194,7 @@ def keys_gradient(
         grid=(keys // p.block_k, p.batch, p.kv_heads),
         grid_names=("column", "batch", "head"),
         warpgroups=COMPUTING + 1,
-        inputs=[tiles.minor, tiles.begin, tiles.full, tiles.count, x.seed, x.q, x.k, x.v, d_out, norm, delta, *score, *mask],
+        inputs=[tiles.minor, tiles.begin, tiles.full, tiles.count, x.call, x.q, x.k, x.v, d_out, norm, delta, *score, *mask],
         out_type=[
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype),
             jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
@@ -206,13 +206,14 @@ def keys_gradient(
 
 
 def _dkv_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, score_layouts: tuple[Layout, ...],
-                mask_layouts: tuple[Layout, ...], minor: Any, begin: Any, full: Any, count: Any, seed: Any, q: Any, k: Any,
+                mask_layouts: tuple[Layout, ...], minor: Any, begin: Any, full: Any, count: Any, call: Any, q: Any, k: Any,
                 v: Any, do: Any, norm: Any, delta: Any, *refs: Any) -> None:  # fmt: skip
     cut, both = len(score_layouts), len(score_layouts) + len(mask_layouts)
     dk, dv, *rest = refs[both:]
     grads, scratch = rest[: len(mine)], rest[len(mine) :]
     k_smem, v_smem, q_smem, do_smem, k_here, v_here, q_here, q_free, do_here, do_free = scratch
     b, kv, me = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+    place = Call.of(call)
     column = lax.axis_index("column")  # under a causal mask the first column is the longest
     rings = [Ring(q, q_smem, q_here, q_free), Ring(do, do_smem, do_here, do_free)]
 
@@ -234,20 +235,21 @@ def _dkv_kernel(p: Problem, tiles: Tiles, mine: list[int], piece: int, score_lay
         def head(g: Any, carry: Any) -> Any:
             h, at = of_head(g)
             begun, d_k, d_v = carry
-            score, mask = Parts(refs[:cut], score_layouts, b, h, s0), Parts(refs[cut:both], mask_layouts, b, h, s0)
+            score = Parts(p, refs[:cut], score_layouts, b, h, s0, down=1)
+            mask = Parts(p, refs[cut:both], mask_layouts, b, h, s0, down=1)
             score_fixed, mask_fixed = score.fixed(), mask.fixed()
 
             def absorb_piece(masked: bool, slot: Any, n: Any, c: Any, carry: Any) -> Any:
                 d_k, d_v, sums = carry
                 t0 = minor[begin[at] + n] * p.block_q + c * piece
-                cells = b, h, numbers(shape, 1, t0), numbers(shape, 0, s0)
+                cells = place.cells(b, h, t0, s0, shape, down=1)
                 parts = score.whole(score_fixed, score.moving(t0, piece), t0, shape)
                 mask_parts = mask.whole(mask_fixed, mask.moving(t0, piece), t0, shape) if masked else None
                 queries, d_out = (ring.slots.at[slot, pl.ds(c * piece, piece)] for ring in rings)
                 s, norms = _logits(p, k_smem.at[me], queries, down(read(norm, (b, h, pl.ds(t0, piece)), PER_COLUMN), shape))
-                weight, pull = tile.weights_again(p, s, norms, cells, _tiles(parts, p, shape), mask_parts)
+                weight, pull = tile.weights_again(p, s, norms, cells, _tiles(parts, p, shape), mask_parts, place.end(p))
                 deltas = down(read(delta, (b, h, pl.ds(t0, piece)), PER_COLUMN), shape)
-                keep = None if p.keep is None else p.keep(seed[0], seed[1], *cells)
+                keep = None if p.keep is None else p.keep(*place.seed, *cells)
                 ds, d_parts = pull(_weight_gradient(p, v_smem.at[me], d_out, deltas, keep))
                 weight = (weight if keep is None else weight * keep).astype(do.dtype)
                 sums = [total + laid(d_parts[m], TILE).sum(axis=1) for total, m in zip(sums, mine, strict=True)]

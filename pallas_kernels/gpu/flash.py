@@ -23,11 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tile
 from pallas_kernels.gpu.launch import launch
-from pallas_kernels.gpu.operands import Parts
+from pallas_kernels.gpu.operands import Call, Parts
 from pallas_kernels.gpu.ring import Ring, barriers, drain, fetch
 from pallas_kernels.gpu.tile import Running, across
 from pallas_kernels.gpu.tiles import FULL, PARTIAL, Tiles
-from pallas_kernels.gpu.warpgroup import PER_ROW, ROWS, add_product, filled, laid, numbers, product, shared
+from pallas_kernels.gpu.warpgroup import PER_ROW, ROWS, add_product, filled, laid, product, shared
 from pallas_kernels.tpu.problem import HIDDEN, Problem
 
 #: Warpgroups that compute; one more fetches.
@@ -38,14 +38,15 @@ REGISTERS = (240, 24)
 
 class Inputs(NamedTuple):
     """Arrays of a call: ``q [B, T, N, H]`` scaled, ``k [B, S, K, H]``, ``v [B, S, K, Hv]``, padded to whole blocks and widths;
-    laid-out operands of the score and the mask; ``seed int32 [2]``."""
+    laid-out operands of the score and the mask; ``call int32 [6]``: the seed of dropout, and the batch row, head, query and key
+    at which these arrays begin in the call that they are a part of."""
 
     q: Any
     k: Any
     v: Any
     score: tuple[Any, ...]
     mask: tuple[Any, ...]
-    seed: Any
+    call: Any
 
 
 def forward(p: Problem, tiles: Tiles, x: Inputs, slots: int) -> tuple[Any, Any]:
@@ -58,7 +59,7 @@ def forward(p: Problem, tiles: Tiles, x: Inputs, slots: int) -> tuple[Any, Any]:
         grid=(queries // p.block_q, p.batch, p.heads),
         grid_names=("row", "batch", "head"),
         warpgroups=COMPUTING + 1,
-        inputs=[tiles.minor, tiles.begin, tiles.full, tiles.count, x.seed, x.q, x.k, x.v, *x.score, *x.mask],
+        inputs=[tiles.minor, tiles.begin, tiles.full, tiles.count, x.call, x.q, x.k, x.v, *x.score, *x.mask],
         out_type=[
             jax.ShapeDtypeStruct((*x.q.shape[:3], value_width), x.v.dtype),
             jax.ShapeDtypeStruct((p.batch, p.heads, queries), jnp.float32),
@@ -77,7 +78,7 @@ def forward(p: Problem, tiles: Tiles, x: Inputs, slots: int) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: Any, seed: Any, q: Any, k: Any, v: Any,
+def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: Any, call: Any, q: Any, k: Any, v: Any,
             *refs: Any) -> None:  # fmt: skip
     cut, both = len(p.score_layouts), len(p.score_layouts) + len(p.mask_layouts)
     out, lse, *scratch = refs[both:]
@@ -87,6 +88,7 @@ def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: 
     row = tiles.rows - 1 - lax.axis_index("row")  # under a causal mask the last row is the longest: it begins first
     at = p.which_list(b, h) * tiles.rows + row
     first, length = begin[at], count[at]
+    place = Call.of(call)
     rings = [Ring(k, k_smem, k_here, k_free), Ring(v, v_smem, v_here, v_free)]
 
     def take_turns() -> None:
@@ -99,7 +101,7 @@ def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: 
         t0 = row * p.block_q + me * ROWS
         mine = b, pl.ds(t0, ROWS), h
         plgpu.copy_gmem_to_smem(q.at[mine], q_smem.at[me], q_here.at[me])
-        score, mask = Parts(refs[:cut], p.score_layouts, b, h, t0), Parts(refs[cut:both], p.mask_layouts, b, h, t0)
+        score, mask = Parts(p, refs[:cut], p.score_layouts, b, h, t0), Parts(p, refs[cut:both], p.mask_layouts, b, h, t0)
         score_fixed, mask_fixed = score.fixed(), mask.fixed()
         plgpu.barrier_wait(q_here.at[me])
         pl.when(me == 1)(take_turns)
@@ -112,11 +114,11 @@ def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: 
             plgpu.barrier_wait(k_here.at[slot])
             s = product(q_smem.at[me], k_smem.at[slot], take_turns)
             plgpu.barrier_arrive(k_free.at[slot])
-            cells = b, h, numbers(shape, 0, t0), numbers(shape, 1, s0)
+            cells = place.cells(b, h, t0, s0, shape)
             if p.score is not None:
                 s = tile.scored(p, s, *cells, score.whole(score_fixed, score_moving, s0, shape))
             if masked:
-                s = tile.hidden(p, s, *cells, mask.whole(mask_fixed, mask_moving, s0, shape))
+                s = tile.hidden(p, s, *cells, mask.whole(mask_fixed, mask_moving, s0, shape), place.end(p))
             acc, top, total = r
             if p.phi is None:
                 weight, shrink, top, total = tile.weigh(p, s, top, total)
@@ -124,7 +126,7 @@ def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: 
             else:
                 weight = tile.pointwise(p, s)
             if p.keep is not None:
-                weight = weight * p.keep(seed[0], seed[1], *cells)
+                weight = weight * p.keep(*place.seed, *cells)
             weight = weight.astype(v.dtype)
             # Without this, work on the weights may move past the other warpgroup's turn.
             acc, top, total, weight = lax.optimization_barrier((acc, top, total, weight))

@@ -1,31 +1,66 @@
-"""How the arrays of a score or mask reach a warpgroup's tiles: straight from global memory, as registers want them."""
+"""What a score or mask is given: the numbers of a tile's cells, and its arrays, straight from global memory."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gpu.tile import across, down
-from pallas_kernels.gpu.warpgroup import PER_COLUMN, PER_ROW, ROWS, TILE, read
-from pallas_kernels.tpu.problem import Layout
+from pallas_kernels.gpu.warpgroup import PER_COLUMN, PER_ROW, ROWS, TILE, numbers, read
+from pallas_kernels.tpu.problem import Layout, Problem
+
+
+class Call(NamedTuple):
+    """The call that a kernel's arrays are a part of: its seed of dropout, and the batch row, head, query and key at which the
+    arrays begin in it."""
+
+    seed: tuple[Any, Any]
+    batch: Any
+    head: Any
+    query: Any
+    key: Any
+
+    @staticmethod
+    def of(ref: Any) -> Call:
+        """From ``int32 [6]``."""
+        return Call((ref[0], ref[1]), *(ref[n] for n in range(2, 6)))
+
+    def cells(self, b: Any, h: Any, t0: Any, s0: Any, shape: tuple[int, int], down: int = 0) -> tuple[Any, Any, Any, Any]:
+        """Batch row, head, and the tile's query and key numbers ``[rows, columns]`` in the call; down: the axis of queries."""
+        queries, keys = numbers(shape, down, t0 + self.query), numbers(shape, 1 - down, s0 + self.key)
+        return b + self.batch, h + self.head, queries, keys
+
+    def end(self, p: Problem) -> Any:
+        """The number of the first key that is padding."""
+        return self.key + p.keys
 
 
 class Parts(NamedTuple):
     """Operands for one batch row, head and run of ROWS queries, which begins at ``start``.
 
-    The keys' gradient kernel has keys along the rows of its tiles: with :func:`sideways` operands the same code serves it.
+    The keys' gradient kernel has keys along the rows of its tiles (``down`` = 1): with :func:`sideways` operands the same code
+    serves it.
     """
 
+    p: Problem
     refs: tuple[Any, ...]
     layouts: tuple[Layout, ...]
     b: Any
     h: Any
     start: Any
+    down: int = 0
 
     def _index(self, layout: Layout, *rest: Any) -> tuple[Any, ...]:
         return (self.b if layout.per_batch else 0, self.h if layout.per_head else 0, *rest)
+
+    def _tile(self, at: Any) -> Any:
+        """The number of the tile that this run of rows and columns from ``at`` on belong to."""
+        t, s = (at, self.start) if self.down else (self.start, at)
+        across = self.p.padded[1] // self.p.block_k
+        return lax.div(t, jnp.int32(self.p.block_q)) * across + lax.div(s, jnp.int32(self.p.block_k))
 
     def fixed(self) -> list[Any]:
         """Those that all tiles of a row of tiles share: scalars and vectors along the rows; None for the others."""
@@ -56,6 +91,8 @@ class Parts(NamedTuple):
                 found.append(across(f, shape))
             elif layout.form == "column":
                 found.append(down(m, shape))
+            elif layout.form == "tile":
+                found.append(ref[self._index(layout, self._tile(at), 0, 0)])
             else:
                 x = read(ref, self._index(layout, pl.ds(self.start, ROWS), pl.ds(at, shape[1])), TILE)
                 found.append(x.astype(jnp.int32) if x.dtype == jnp.int8 else x)

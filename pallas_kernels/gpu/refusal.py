@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,13 +36,15 @@ def refusal(p: Problem, q: Any, k: Any, v: Any, *, backward: bool = False) -> st
         )
     if any(layout.form == "distance" for layout in (*p.score_layouts, *p.mask_layouts)):
         return "it takes no arrays by distance of query and key; give a bias per query and key"
-    if (found := next((name for name in _primitives(p) if name in LACKING), None)) is not None:
+    if any(layout.form == "tile" for layout in p.score_layouts):
+        return "it takes no arrays with an entry per tile in a score; give a bias per query and key"
+    if (found := next((name for name in _primitives(p, backward) if name in LACKING), None)) is not None:
         return f"{found!r} does not run inside a GPU kernel"
     return None
 
 
-def _primitives(p: Problem) -> Iterator[str]:
-    """The names of the primitives in the mask, the score, the weight map and dropout."""
+def _primitives(p: Problem, backward: bool) -> Iterator[str]:
+    """The names of the primitives in the mask, the score, the weight map and dropout, and in derivatives."""
     cell, number = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.int32)
     one = jax.ShapeDtypeStruct((), jnp.int32)
     cells = one, one, number, number
@@ -58,6 +61,24 @@ def _primitives(p: Problem) -> Iterator[str]:
     for function, inputs in traced:
         if function is not None:
             yield from _names(jax.make_jaxpr(function)(*inputs).jaxpr)
+    for function, (x, *rest) in traced[1:3] if backward else []:
+        if function is not None:
+            moving = [n for n, part in enumerate(rest[4:]) if part is cell]
+            yield from _names(jax.make_jaxpr(functools.partial(_pulled, function, moving))(x, *rest).jaxpr)
+
+
+def _pulled(f: Any, moving: list[int], x: Any, *rest: Any) -> Any:
+    """The gradients of ``f(x, b, h, t, s, *parts)`` in x and in the parts that move."""
+    where, parts = rest[:4], list(rest[4:])
+
+    def of(x: Any, moved: list[Any]) -> Any:
+        given = list(parts)
+        for n, part in zip(moving, moved, strict=True):
+            given[n] = part
+        return f(x, *where, *given)
+
+    y, pull = jax.vjp(of, x, [parts[n] for n in moving])
+    return pull(jnp.ones_like(y))
 
 
 def _names(jaxpr: Any) -> Iterator[str]:

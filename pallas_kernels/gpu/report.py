@@ -125,6 +125,10 @@ def example(case: str, width: int = 128, block_k: int | None = None, length: int
         mask = lambda b, h, t, s, mine, its: (s <= t) & (mine == its)  # noqa: E731
         mask_layouts = [Layout("row", True, False, True), Layout("column", True, False, True)]
         masks = [jax.ShapeDtypeStruct((batch, 1, 1, length), jnp.int32)] * 2
+    elif case == "blocks":
+        mask = lambda b, h, t, s, chosen: (s <= t) & (chosen != 0)  # noqa: E731
+        mask_layouts = [Layout("tile", False, True, True)]
+        masks = [jax.ShapeDtypeStruct((1, heads, (length // block_q) * (length // block_k), 1, 1), jnp.int32)]
     elif case == "softcap":
         score = lambda x, b, h, t, s: 20 * jnp.tanh(x / 20)  # noqa: E731
     elif case == "bias":
@@ -140,11 +144,11 @@ def example(case: str, width: int = 128, block_k: int | None = None, length: int
     t, s = np.arange(length // block_q)[:, None] * block_q, np.arange(length // block_k) * block_k
     state = np.where(s > t + block_q - 1, SKIP, np.where(s + block_k - 1 <= t, FULL, PARTIAL))
     q, k = (jax.ShapeDtypeStruct((batch, length, n, width), jnp.bfloat16) for n in (heads, kv_heads))
-    seed = jax.ShapeDtypeStruct((2,), jnp.int32)
-    return p, make_tiles(state[None] if mask else np.full_like(state, FULL)[None]), Inputs(q, k, k, (*scores,), (*masks,), seed)
+    call = jax.ShapeDtypeStruct((6,), jnp.int32)
+    return p, make_tiles(state[None] if mask else np.full_like(state, FULL)[None]), Inputs(q, k, k, (*scores,), (*masks,), call)
 
 
-CASES = ("plain", "causal", "segments", "softcap", "bias")
+CASES = ("plain", "causal", "segments", "blocks", "softcap", "bias")
 
 
 def figures(case: str, width: int = 128, block_k: int | None = None, target: str = "h100") -> dict[str, dict[str, int]]:

@@ -42,9 +42,9 @@ def scored(p: Problem, s: Any, b: Any, h: Any, t: Any, k: Any, parts: list[Any])
     return s if p.score is None else jnp.broadcast_to(p.score(s, b, h, t, k, *parts), s.shape)
 
 
-def hidden(p: Problem, s: Any, b: Any, h: Any, t: Any, k: Any, parts: list[Any]) -> Any:
-    """Logits with HIDDEN at cells that may not be seen."""
-    ok = k < p.keys if p.padded[1] != p.keys else None
+def hidden(p: Problem, s: Any, b: Any, h: Any, t: Any, k: Any, parts: list[Any], end: Any) -> Any:
+    """Logits with HIDDEN at cells that may not be seen; end: the number of the first key that is padding."""
+    ok = k < end if p.padded[1] != p.keys else None
     if p.mask is not None:
         seen = jnp.broadcast_to(p.mask(b, h, t, k, *parts), s.shape)
         ok = seen if ok is None else ok & seen
@@ -83,7 +83,7 @@ def finish(p: Problem, r: Running) -> tuple[Any, Any]:
 
 
 def weights_again(
-    p: Problem, s: Any, norm: Any, cells: tuple[Any, Any, Any, Any], parts: list[Any], mask_parts: list[Any] | None
+    p: Problem, s: Any, norm: Any, cells: tuple[Any, Any, Any, Any], parts: list[Any], mask_parts: list[Any] | None, end: Any
 ) -> tuple[Any, Callable[[Any], tuple[Any, list[Any]]]]:
     """Weights from logits ``s`` and each cell's log-sum-exp (None: taken off already), and what turns gradients of
     weights into those of logits and parts.
@@ -100,7 +100,7 @@ def weights_again(
             return scored(p, s, *cells, [next(given) if m else x for x, m in zip(parts, moves, strict=True)])
 
         s, back = jax.vjp(scored_again, s, [x for x, m in zip(parts, moves, strict=True) if m])
-    s = s if mask_parts is None else hidden(p, s, *cells, mask_parts)
+    s = s if mask_parts is None else hidden(p, s, *cells, mask_parts, end)
     back_phi = None
     if p.phi is None:
         weight = (jnp.exp2 if p.base2 else jnp.exp)(s if norm is None else s - norm)
@@ -110,7 +110,7 @@ def weights_again(
         weight, back_phi = jax.vjp(lambda s: jnp.where(seen, phi(jnp.where(seen, s, zero)), zero), s)
 
     def pull(dw: Any) -> tuple[Any, list[Any]]:
-        d = weight * dw if back_phi is None else back_phi(dw)[0]
+        d = weight * dw if back_phi is None else _added(lambda dw: back_phi(dw)[0], dw)
         if back is None:
             return d, []
         ds, moving = _added(back, d)

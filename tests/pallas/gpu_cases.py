@@ -73,7 +73,7 @@ def case(
         jnp.pad(q, pad[0]), jnp.pad(k, pad[1], constant_values=9), jnp.pad(v, pad[1]),
         tuple(laid_out(p, jnp.asarray(o), layout) for o, layout in zip(scores, p.score_layouts, strict=True)),
         tuple(laid_out(p, jnp.asarray(o), layout) for o, layout in zip(masks, p.mask_layouts, strict=True)),
-        jnp.array([3, 4], jnp.int32),
+        jnp.array([3, 4, 0, 0, 0, 0], jnp.int32),
     )  # fmt: skip
     if keys != columns:
         state[..., -1] = np.where(state[..., -1] == FULL, PARTIAL, state[..., -1])
@@ -200,7 +200,7 @@ def gradients(c, masks):
     lists = Lists(*(make_tiles(s.reshape(-1, *s.shape[2:])) for s in (c.state, c.state.swapaxes(2, 3))))
 
     def kernels(q, k, v, scores):
-        out, lse = attend(p, q, k, v, scores, (lists, x.mask, x.seed))
+        out, lse = attend(p, q, k, v, scores, (lists, x.mask, x.call))
         out, lse = out[:, : p.queries], lse[:, :, : p.queries]
         return (out.astype(jnp.float32) * d_out).sum() + jnp.where(d_lse != 0, lse * d_lse, 0).sum()
 

@@ -42,7 +42,7 @@ def walked(c):
             parts = lambda xs, ls: [part(a, f, b, h, t0, s0, shape) for a, f in zip(xs, ls, strict=True)]  # noqa: B023, E731
             s = tile.scored(p, q @ k.T, *cells, parts(x.score, p.score_layouts))
             if n >= tiles.full[at]:
-                s = tile.hidden(p, s, *cells, parts(x.mask, p.mask_layouts))
+                s = tile.hidden(p, s, *cells, parts(x.mask, p.mask_layouts), p.keys)
             acc, top, total = r
             if p.phi is None:
                 weight, shrink, top, total = tile.weigh(p, s, top, total)
@@ -50,7 +50,7 @@ def walked(c):
             else:
                 weight = tile.pointwise(p, s)
             if p.keep is not None:
-                weight = weight * p.keep(x.seed[0], x.seed[1], *cells)
+                weight = weight * p.keep(x.call[0], x.call[1], *cells)
             r = tile.Running(acc + weight.astype(x.v.dtype).astype(jnp.float32) @ v, top, total)
             visited += 1
         out[b, t0 : t0 + p.rows, h], lse[b, h, t0 : t0 + p.rows] = tile.finish(p, r)

@@ -1,11 +1,11 @@
-"""Fused attention on TPU by the kernels of `pallas_kernels`: any elementwise mask and score, empty tiles never visited."""
+"""Fused attention on TPUs and Hopper GPUs by the kernels of `pallas_kernels`: any elementwise mask and score, empty tiles
+never visited. What differs by platform is in `attnzoo.core.backends.fused`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import sys
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,19 +14,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from attnzoo.core.backends.packed import (
-    packed_bound,
-    packed_geometry,
-    packed_queries,
-    packed_state,
-    packs,
-    unpacked,
-)
+from attnzoo.core.backends.fused import gpu, tpu
+from attnzoo.core.backends.fused.problem import hide_padding, operands
+from attnzoo.core.backends.packed import packed_bound, packed_geometry, packed_queries, packed_state, packs, unpacked
 from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.backends.result import Result
-from attnzoo.core.blocks import FULL, PARTIAL, BlockMap, block_map
-from attnzoo.core.cells import Bound, Cells, Geometry, Operand
-from attnzoo.core.dropout import Dropout, keep_scale
+from attnzoo.core.blocks import PARTIAL, BlockMap, block_map
+from attnzoo.core.cells import Bound, Geometry, Operand
+from attnzoo.core.dropout import Dropout
 from attnzoo.core.hoist import NotElementwise, hoist, outside
 from attnzoo.core.request import Request
 from attnzoo.core.sharding import Axes, division, operand_spec
@@ -35,55 +30,37 @@ from attnzoo.core.weights import Normalised, Pointwise
 
 def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
     """Why this backend cannot run the request (None: it can), or a rectangle of so many queries and keys at a time."""
-    if not _there():
-        return f"it needs a TPU, and the default device is a {jax.default_backend()}"
+    kernels = _kernels()
+    if kernels is None:
+        return f"it needs a TPU or a Hopper GPU, and the default device is a {_device()}"
     if r.return_weights:
         return "it never holds the weights that return_weights asks for"
     if not isinstance(r.weights, Normalised | Pointwise):
         return f"{r.weights} needs whole rows of logits at once"
     if r.return_lse and not isinstance(r.weights, Normalised):
         return f"{r.weights} has no log-sum-exp to return"
-    if r.q.dtype not in (jnp.float32, jnp.bfloat16) or not r.q.dtype == r.k.dtype == r.v.dtype:
-        return f"it takes float32 or bfloat16, the same for q, k and v, not {r.q.dtype}, {r.k.dtype} and {r.v.dtype}"
-    if r.block_sizes is not None and any(n % 128 for n in r.block_sizes):
-        return f"its block_sizes are multiples of 128, not {r.block_sizes}"
+    if r.q.dtype.name not in kernels.DTYPES or not r.q.dtype == r.k.dtype == r.v.dtype:
+        takes = " or ".join(kernels.DTYPES)
+        return f"it takes {takes}, the same for q, k and v, not {r.q.dtype}, {r.k.dtype} and {r.v.dtype}"
     if isinstance(r.weights, Pointwise) and (found := outside(r.weights.phi)) is not None:
         return f"{r.weights} uses {found!r}, which does not run inside a kernel"
-    return _try_plan(r, rectangle)
-
-
-def _there() -> bool:
-    """Whether there is a TPU, described or simulated ones included; these take a module that is slow to import."""
-    if jax.default_backend() == "tpu":
-        return True
-    launch = sys.modules.get("pallas_kernels.tpu.launch")
-    return launch is not None and (launch.generation() is not None or launch.simulated())
-
-
-def _try_plan(r: Request, rectangle: tuple[int, int] | None) -> str | None:
-    from pallas_kernels.tpu import jobs, launch
-
     try:
         plan = _plan(r)
-    except NotElementwise as e:
+    except (ValueError, NotElementwise) as e:
         return str(e)
-    by_distance = any(op.kind == "distance" for bound in (plan.mask, plan.score) for op in _operands(bound))
-    if by_distance and launch.generation() == "v4":
-        return "TPU v4 cannot shift rows against each other, which arrays looked up by distance need"
-    batch, heads, rows, columns = plan.state.shape
-    if rectangle is not None:
-        block_q, block_k = block_sizes(r, *rectangle)
-        rows, columns = -(-rectangle[0] // block_q), -(-rectangle[1] // block_k)
-    group = 1 if plan.packed else r.geometry.heads // r.geometry.kv_heads
-    if heads > 1 and group > jobs.MOST_MEMBERS:
-        return (
-            f"heads that see different tiles may share a key head {jobs.MOST_MEMBERS} at a time, not {group}; repeat k and "
-            "v, or let all heads see the same tiles"
-        )
-    tiles = None
-    if rectangle is None and isinstance(plan.state, np.ndarray):
-        tiles = int(np.maximum(1, (plan.state > 0).sum(-1)).sum(-1).max())
-    return jobs.refusal(batch * heads, rows, columns, tiles)
+    abstract: Any = jax.eval_shape(lambda q: packed_queries(q, r.geometry) if plan.packed else q, r.q)
+    part = _part(r, plan, _Arrays(abstract, r.k, r.v, (), (), plan.state, None, None), plan.mask, plan.score)
+    return kernels.refusal(part, r.geometry if plan.packed else None, rectangle)
+
+
+def _kernels() -> ModuleType | None:
+    """Of the platform that is here, described or simulated."""
+    return next((module for module in (tpu, gpu) if module.there()), None)
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return device.device_kind if device.platform == "gpu" else jax.default_backend()
 
 
 class _Plan(NamedTuple):
@@ -102,11 +79,10 @@ def map_of(r: Request) -> BlockMap:
 
 def block_sizes(r: Request, queries: int, keys: int) -> tuple[int, int]:
     """Of the tiles in which a rectangle of the logits is computed."""
-    from pallas_kernels.tpu.choice import blocks
-
-    wanted = r.block_sizes or blocks()[:2]
-    block_q, block_k = min(wanted[0], _round_up(queries)), min(wanted[1], _round_up(keys))
-    for op in _operands(r.bound_mask()):
+    kernels = _kernels()
+    assert kernels is not None
+    block_q, block_k = kernels.block_sizes(r.block_sizes, queries, keys)
+    for op in operands(r.bound_mask()):
         if op.block is not None:  # a tile lies within one block
             block_q, block_k = math.gcd(block_q, op.block[0]), math.gcd(block_k, op.block[1])
     if block_q % 128 or block_k % 128:
@@ -116,14 +92,11 @@ def block_sizes(r: Request, queries: int, keys: int) -> tuple[int, int]:
     return block_q, block_k
 
 
-def _round_up(n: int) -> int:
-    return -(-n // 128) * 128
-
-
 def _plan(r: Request) -> _Plan:
-    g = r.geometry
+    g, kernels = r.geometry, _kernels()
+    assert kernels is not None
     block_q, block_k = block_sizes(r, g.queries, g.keys)
-    state = _hide_padding(block_map(r.mask, g, block_q, block_k).state, g.keys, block_k)
+    state = hide_padding(block_map(r.mask, g, block_q, block_k).state, g.keys, block_k)
     packed = packs(g)
     state = packed_state(state, g) if packed else state
     # The mask itself is asked in partial tiles alone.
@@ -132,17 +105,8 @@ def _plan(r: Request) -> _Plan:
     if packed:
         mask = None if mask is None else packed_bound(mask, g)
         score = None if score is None else packed_bound(score, g, score=True)
-        block_q = -(-packed_geometry(g).queries // 16) * 16
+        block_q = kernels.packed_rows(packed_geometry(g).queries)
     return _Plan(block_q, block_k, state, mask, score, packed)
-
-
-def _hide_padding(state: Any, keys: int, block_k: int) -> Any:
-    """Tile states in which a last, short block of keys is no full one."""
-    if keys % block_k == 0:
-        return state
-    xp = np if isinstance(state, np.ndarray) else jnp
-    last = np.arange(state.shape[3]) == state.shape[3] - 1
-    return xp.where(last & (state == FULL), PARTIAL, state)
 
 
 def _mask(r: Request) -> Bound | None:
@@ -198,8 +162,8 @@ def run(r: Request) -> Result:
         _scaled(r, plan.score),
         r.k,
         r.v,
-        tuple(jnp.asarray(op.x) for op in _operands(plan.mask)),
-        tuple(jnp.asarray(op.x) for op in _operands(plan.score)),
+        tuple(jnp.asarray(op.x) for op in operands(plan.mask)),
+        tuple(jnp.asarray(op.x) for op in operands(plan.score)),
         None if same else plan.state,
         None if r.dropout is None else r.dropout.seed,
         jnp.zeros(4, jnp.int32),
@@ -221,7 +185,7 @@ def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) ->
     b, h = axes.batch or None, axes.heads or None
 
     def specs(bound: Bound | None) -> tuple[P, ...]:
-        return tuple(operand_spec(op, axes) for op in _operands(bound))
+        return tuple(operand_spec(op, axes) for op in operands(bound))
 
     state = None if arrays.state is None else jnp.asarray(arrays.state)
     tokens = P(b, None, h)
@@ -247,109 +211,27 @@ def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
         )
         for bound, xs in ((plan.mask, x.mask), (plan.score, x.score))
     )  # fmt: skip
+    return attend_part(_part(r, plan, x, mask, score), r.geometry if plan.packed else None)
+
+
+def _part(r: Request, plan: _Plan, x: _Arrays, mask: Bound | None, score: Bound | None) -> Part:
     here = Geometry(x.q.shape[0], x.q.shape[2], x.k.shape[2], x.q.shape[1], r.geometry.keys, origin=x.origin)
-    state = plan.state if x.state is None else x.state
-    bm = BlockMap(state, here.queries, here.keys, plan.block_q, plan.block_k, "")
-    dropout = None if r.dropout is None else Dropout(r.dropout.rate, x.seed)
-    part = Part(x.q, x.k, x.v, here, mask, score, r.weights, dropout, bm)
-    return attend_part(part, r.geometry if plan.packed else None)
+    bm = BlockMap(plan.state if x.state is None else x.state, here.queries, here.keys, plan.block_q, plan.block_k, "")
+    dropout = None if r.dropout is None else Dropout(r.dropout.rate, r.dropout.seed if x.seed is None else x.seed)
+    return Part(x.q, x.k, x.v, here, mask, score, r.weights, dropout, bm)
 
 
 def attend_part(part: Part, packed: Geometry | None = None) -> tuple[Any, Any]:
     """``out [B, N, T, Hv]`` in the type of v and ``lse [B, N, T]``, without ``Weights.finish``. packed: the geometry of a
     call whose heads have become rows."""
-    from pallas_kernels.tpu.attend import attend
-
-    problem, arrays = _problem(part, packed)
-    out, lse = attend(problem, *arrays)
-    return out[:, :, : problem.queries], lse[:, :, 0, : problem.queries]
+    kernels = _kernels()
+    assert kernels is not None
+    return kernels.attend(part, packed)
 
 
 def part_gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
     """Of the part's arrays, where ``lse`` is of *all* keys of its queries, ``d_out`` the cotangent of their results, and
     ``delta = Σ d_out·out - d_lse``."""
-    from pallas_kernels.tpu.attend import attend_gradients
-
-    problem, arrays = _problem(part, None)
-    rows = problem.padded[0] - problem.queries
-
-    def padded(x: Any, fill: float = 0.0) -> Any:
-        return jnp.pad(x, [(0, 0), (0, 0), (0, rows)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
-
-    norm, delta = padded(lse, -jnp.inf)[:, :, None], padded(delta)[:, :, None]
-    dq, dk, dv, d_score, _ = attend_gradients(problem, arrays, norm, padded(d_out), delta)
-    dq, dk, dv = (jnp.moveaxis(d[:, :, : x.shape[1]], 1, 2) for d, x in ((dq, part.q), (dk, part.k), (dv, part.v)))
-    return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
-
-
-def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]:
-    """The kernels' problem, and ``(q, k, v, score operands, the rest)`` as they take them."""
-    from pallas_kernels.tpu.attend import Lists, column_lists
-    from pallas_kernels.tpu.choice import blocks
-    from pallas_kernels.tpu.jobs import make_jobs
-    from pallas_kernels.tpu.problem import Problem, laid_out
-
-    g, bm, mask, score = part.geometry, part.block_map, part.mask, part.score
-    state = _hide_padding(bm.state, g.keys, bm.block_k)
-    mask_ops, score_ops = _operands(mask), _operands(score)
-    rows, columns = blocks()[2:]
-    problem = Problem(
-        g.batch, g.heads, g.kv_heads, g.queries, g.keys, bm.block_q, bm.block_k,
-        _divisor(bm.block_q, rows), _divisor(bm.block_k, columns),
-        None if mask is None else mask.apply,
-        tuple(map(_layout, mask_ops)),
-        None if score is None else score.apply,
-        tuple(map(_layout, score_ops)),
-        part.weights.phi if isinstance(part.weights, Pointwise) else None,
-        None if part.dropout is None else functools.partial(_keep, part.dropout.rate, packed),
-        per_batch=state.shape[0] > 1,
-        per_head=state.shape[1] > 1,
-    )  # fmt: skip
-    by_column, kinds_of = column_lists(problem, state)
-    lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:])), by_column, kinds_of)
-    padded = problem.padded
-    q, k, v = (_by_heads(a, n) for a, n in ((part.q, padded[0]), (part.k, padded[1]), (part.v, padded[1])))
-    by_tile = (_by_tiles(op, problem) for op in mask_ops)
-    mask_xs = tuple(laid_out(problem, a, layout) for a, layout in zip(by_tile, problem.mask_layouts, strict=True))
-    seed = jnp.zeros(2, jnp.uint32) if part.dropout is None else part.dropout.seed
-    call = jnp.concatenate([lax.bitcast_convert_type(seed, jnp.int32), jnp.asarray(g.origin)])
-    return problem, (q, k, v, tuple(op.x for op in score_ops), (lists, mask_xs, call))
-
-
-def _operands(bound: Bound | None) -> tuple[Operand, ...]:
-    return () if bound is None else bound.operands
-
-
-def _layout(op: Operand) -> Any:
-    from pallas_kernels.tpu.problem import layout_by_tile, layout_of
-
-    return layout_by_tile(op.x) if op.kind == "blocks" else layout_of(op.x, op.kind == "distance")
-
-
-def _by_tiles(op: Operand, p: Any) -> Any:
-    """An operand as the kernels take it: one given by blocks has an entry per tile."""
-    if op.block is None:
-        return op.x
-    x = op.x
-    for axis, length, block, tile in zip((2, 3), p.padded, op.block, (p.block_q, p.block_k), strict=True):
-        x = jnp.take(x, np.arange(length // tile) * tile // block, axis=axis, mode="clip")
-    return x
-
-
-def _divisor(block: int, piece: int) -> int:
-    return block if block <= piece else piece if block % piece == 0 else 128
-
-
-def _keep(rate: float, packed: Geometry | None, seed0: Any, seed1: Any, b: Any, h: Any, t: Any, s: Any) -> Any:
-    seed: Any = (seed0.astype(jnp.uint32), seed1.astype(jnp.uint32))
-
-    def factor(b: Any, h: Any, t: Any, s: Any) -> Any:
-        return keep_scale(Dropout(rate, seed), Cells(b, h, t, s, t, s))
-
-    return factor(b, h, t, s) if packed is None else packed_bound(Bound((), factor), packed).apply(b, h, t, s)
-
-
-def _by_heads(x: Any, length: int) -> Any:
-    """``[B, T, N, H] -> [B, N, length, H]``, padded with zeros."""
-    x = jnp.moveaxis(x, 2, 1)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+    kernels = _kernels()
+    assert kernels is not None
+    return kernels.gradients(part, lse, d_out, delta)

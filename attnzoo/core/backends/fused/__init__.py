@@ -1,0 +1,8 @@
+"""What the backend "pallas" needs of each platform. A module has
+
+- ``there() -> bool``: whether kernels run, are simulated or compiled for this platform now, without slow imports;
+- ``DTYPES``, and ``block_sizes(wanted, queries, keys) -> (int, int)``, the tiles of a call (ValueError: not so wanted ones);
+- ``packed_rows(rows) -> int``: the rows of a tile that holds a call with few queries;
+- ``refusal(part, packed, rectangle) -> str | None``: why it cannot run a part;
+- ``attend(part, packed)`` and ``gradients(part, lse, d_out, delta)``.
+"""

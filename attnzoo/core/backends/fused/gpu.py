@@ -1,0 +1,103 @@
+"""The kernels of `pallas_kernels.gpu` for the backend "pallas"."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands, problem_of
+from attnzoo.core.backends.part import Part, PartGradients
+from attnzoo.core.cells import Geometry
+
+DTYPES = ("bfloat16", "float16")
+
+
+def there() -> bool:
+    """Whether there is a Hopper GPU, described or simulated ones included; these take a module that is slow to import."""
+    launch = sys.modules.get("pallas_kernels.gpu.launch")
+    if launch is not None and (launch.simulated() or launch.generation() is not None):
+        return True
+    if jax.default_backend() != "gpu":
+        return False
+    from pallas_kernels.gpu.launch import generation
+
+    return generation() is not None
+
+
+def block_sizes(wanted: tuple[int, int] | None, queries: int, keys: int) -> tuple[int, int]:
+    """Raises ValueError for other tiles than the kernels have."""
+    from pallas_kernels.gpu.choice import BLOCK_Q, blocks
+
+    has = blocks(BLOCK_Q, BLOCK_Q)
+    if wanted is not None and tuple(wanted) != has:
+        raise ValueError(f"its block_sizes are {has}, not {wanted}")
+    return has
+
+
+def packed_rows(rows: int) -> int:
+    from pallas_kernels.gpu.choice import BLOCK_Q
+
+    return BLOCK_Q
+
+
+def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | None) -> str | None:
+    from pallas_kernels.gpu import refusal
+
+    problem, _ = _problem_of(part, packed)
+    t, s = problem.padded
+    q, k, v = (
+        jax.ShapeDtypeStruct((x.shape[0], n, x.shape[2], _whole(x.shape[3])), x.dtype)
+        for x, n in ((part.q, t), (part.k, s), (part.v, s))
+    )
+    return refusal.refusal(problem, q, k, v, backward=True)
+
+
+def attend(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
+    from pallas_kernels.gpu import attend
+
+    problem, arrays = _problem(part, packed)
+    out, lse = attend.attend(problem, *arrays)
+    return jnp.moveaxis(out[:, : problem.queries, :, : part.v.shape[3]], 2, 1), lse[:, :, : problem.queries]
+
+
+def gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
+    from pallas_kernels.gpu.attend import attend_gradients
+
+    problem, arrays = _problem(part, None)
+    rows = ((0, 0), (0, 0), (0, problem.padded[0] - problem.queries))
+    norm, delta = jnp.pad(lse, rows, constant_values=-jnp.inf), jnp.pad(delta, rows)
+    d_out = _padded(jnp.moveaxis(d_out, 1, 2), problem.padded[0])
+    dq, dk, dv, d_score, _ = attend_gradients(problem, arrays, norm, d_out, delta)
+    dq, dk, dv = (d[:, : x.shape[1], :, : x.shape[3]] for d, x in ((dq, part.q), (dk, part.k), (dv, part.v)))
+    return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
+
+
+def _problem_of(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
+    from pallas_kernels.gpu.warpgroup import ROWS
+
+    return problem_of(part, packed, ROWS, part.block_map.block_k)
+
+
+def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]:
+    """The kernels' problem, and ``(q, k, v, score operands, the rest)`` as they take them."""
+    from pallas_kernels.gpu.attend import Lists
+    from pallas_kernels.gpu.tiles import make_tiles
+
+    problem, state = _problem_of(part, packed)
+    lists = Lists(*(make_tiles(s.reshape(-1, *s.shape[2:])) for s in (state, state.swapaxes(2, 3))))
+    t, s = problem.padded
+    q, k, v = (_padded(x, n) for x, n in ((part.q, t), (part.k, s), (part.v, s)))
+    rest = (lists, mask_operands(part, problem), call_of(part))
+    return problem, (q, k, v, tuple(op.x for op in operands(part.score)), rest)
+
+
+def _whole(width: int) -> int:
+    return -(-width // 64) * 64
+
+
+def _padded(x: Any, length: int) -> Any:
+    """``[B, T, N, H]`` with zeros up to a length and to a whole width."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, _whole(x.shape[3]) - x.shape[3])))
