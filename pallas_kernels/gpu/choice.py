@@ -8,6 +8,8 @@ from pallas_kernels.gpu.warpgroup import ROWS
 BLOCK_Q = 2 * ROWS
 #: Bytes of shared memory that a block may ask for (227 KiB), less what barriers and sums take.
 SHARED_BYTES = 232448 - 3072
+#: Of an H100 or H200 with all of them.
+MULTIPROCESSORS = 132
 #: More tiles in flight than this bring nothing.
 MOST_SLOTS = 4
 

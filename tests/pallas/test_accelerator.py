@@ -46,6 +46,11 @@ CASES = {
     ),
     "chosen blocks": Case((1, 256, 256, 4, 2, 64, 64), {"mask": masks.Blocks(CHOSEN, 128, 128) & masks.Causal()}),
     "a decoding step": Case((2, 1, 300, 4, 2, 64, 32), {"mask": masks.Causal(299)}),
+    "a decoding step over runs of keys": Case(
+        (2, 1, 2048, 4, 2, 64, 64),
+        {"mask": masks.Causal(), "q_positions": jnp.asarray([[700], [1900]]), "kv_positions": jnp.arange(2048)},
+        lambda table: lambda s, b, h, q, k: s + table[h, k], TABLE,
+    ),
     "dropout": Case(arguments={"dropout_rate": 0.3, "dropout_rng": jax.random.key(1)}),
     "sigmoid": Case(arguments={"weights": weights.Sigmoid(bias=-3.0), "mask": masks.Causal()}),
     "a learned score of heads and keys": Case(

@@ -19,6 +19,7 @@ from attnzoo.core.backends.fused.problem import hide_padding, operands
 from attnzoo.core.backends.packed import packed_bound, packed_geometry, packed_queries, packed_state, packs, unpacked
 from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.backends.result import Result
+from attnzoo.core.backends.split import joined, runs, split
 from attnzoo.core.blocks import PARTIAL, BlockMap, block_map
 from attnzoo.core.cells import Bound, Geometry, Operand
 from attnzoo.core.dropout import Dropout
@@ -211,7 +212,14 @@ def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
         )
         for bound, xs in ((plan.mask, x.mask), (plan.score, x.score))
     )  # fmt: skip
-    return attend_part(_part(r, plan, x, mask, score), r.geometry if plan.packed else None)
+    part, kernels = _part(r, plan, x, mask, score), _kernels()
+    assert kernels is not None
+    if not plan.packed:
+        return attend_part(part)
+    most = 1 if part.dropout is not None else kernels.most_runs(part.geometry.batch * part.geometry.heads, part.geometry.keys)
+    if (n := runs(part.geometry.keys, plan.block_k, most)) == 1:
+        return attend_part(part, r.geometry)
+    return joined(part, n, *attend_part(split(part, n)))
 
 
 def _part(r: Request, plan: _Plan, x: _Arrays, mask: Bound | None, score: Bound | None) -> Part:

@@ -2,7 +2,8 @@
 
 - ``there() -> bool``: whether kernels run, are simulated or compiled for this platform now, without slow imports;
 - ``DTYPES``, and ``block_sizes(wanted, queries, keys) -> (int, int)``, the tiles of a call (ValueError: not so wanted ones);
-- ``packed_rows(rows) -> int``: the rows of a tile that holds a call with few queries;
+- ``packed_rows(rows) -> int``: the rows of a tile that holds a call with few queries, and ``most_runs(rows_and_heads, keys)
+  -> int``: into how many runs of keys such a call may be divided;
 - ``refusal(part, packed, rectangle) -> str | None``: why it cannot run a part;
 - ``attend(part, packed)`` and ``gradients(part, lse, d_out, delta)``.
 """

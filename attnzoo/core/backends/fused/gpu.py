@@ -43,6 +43,13 @@ def packed_rows(rows: int) -> int:
     return BLOCK_Q
 
 
+def most_runs(rows_and_heads: int, keys: int) -> int:
+    """As many as give every multiprocessor a run, of at least 512 keys."""
+    from pallas_kernels.gpu.choice import MULTIPROCESSORS
+
+    return min(MULTIPROCESSORS // rows_and_heads, keys // 512)
+
+
 def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | None) -> str | None:
     from pallas_kernels.gpu import refusal
 
