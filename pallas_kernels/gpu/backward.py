@@ -4,7 +4,7 @@ Both recompute weights from the log-sum-exp, in pieces of 64 or 32 columns, for 
 as in `flash`: two warpgroups compute, 64 rows of the tile each, and one fetches. In the kernel for dk and dv a tile has keys
 along its rows and queries along its columns, and all query heads of a key head add to the same sums.
 
-Simulated and compiled like the forward kernel, and like it not yet run on a GPU.
+Simulated, compiled and run like the forward kernel.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ tiles come through a ring of shared memory by bulk copies, full tiles first, whi
 warpgroup turns logits into weights, the other has the tensor cores: a barrier makes them take turns. With ``G`` query
 heads per key head, keys and values are read, not copied, G times.
 
-What has been checked without a GPU: results, races and reads of unwritten memory by simulation, with products by plain JAX
-in the place of wgmma; that the kernel compiles for Hopper without spilling registers (`pallas_kernels.gpu.report`). It has
-not run on a GPU: speed, and the layouts of wgmma's operands in shared memory, are unproven.
+Checked without a GPU: results, races and reads of unwritten memory by simulation, with products by plain JAX in the place
+of wgmma; that the kernel compiles for Hopper without spilling registers (`pallas_kernels.gpu.report`). On an H200 it takes 1.0
+to 1.2 times what cuDNN takes (docs/guide/kernels.md).
 """
 
 from __future__ import annotations
