@@ -81,7 +81,8 @@ def leaderboard() -> str:
         equal, small = row["equal_parameters"], row["equal_cache"]
         score, step, token, cache = _measured(equal)
         learned = ", learned positions" * (row["positions"] != model["positions"])
-        cells = [f"`{row['mixer']}`{learned}", score, step, token, cache]
+        fewer = "".join(f", `{name}={value}`" for name, value in equal["settings"].items())
+        cells = [f"`{row['mixer']}`{fewer}{learned}", score, step, token, cache]
         if small is None:
             cells += ["", "", "", row["reason"]]
         else:

@@ -47,7 +47,7 @@ class Measured:
 
     scores: validation, per seed. step_seconds: median of a training step. decode_seconds: of one token for each of
     `decode_batch` rows, with `decode_length` tokens in the cache. cache_bytes: per token, over all layers. Both are None for
-    mixers that do not decode. settings: what was set to meet the axis, besides mlp_dim.
+    mixers that do not decode. settings: what was set to meet the axes, besides mlp_dim.
     """
 
     scores: tuple[float, ...]
@@ -76,6 +76,11 @@ class Entry:
     equal_cache: Measured | None
     reason: str = ""
     positions: str = "rope"
+
+    @property
+    def set_for_parameters(self) -> list[str]:
+        """What was set to meet the first axis, as it is shown."""
+        return [f"{name}={value}" for name, value in self.equal_parameters.settings.items()]
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Leaderboard:
 
 def table(board: Leaderboard) -> Table:
     """The leaderboard as it is printed."""
-    suite = board.suite
+    suite, positions = board.suite, board.suite.config.model.positions
     baselines = ", ".join(f"{name} {value:.3f}" for name, value in board.baselines.items())
     shown = Table(
         title=f"{board.metric} after {suite.config.steps} steps, mean of {len(suite.seeds)} seeds ({board.better})",
@@ -136,11 +141,11 @@ def table(board: Leaderboard) -> Table:
     for name in ("mixer", "score", "ms/step", "ms/token", "cache B", "small cache"):
         shown.add_column(name, justify="left" if name == "mixer" else "right")
     for entry in board.entries:
-        learned = ", learned positions" * (entry.positions != suite.config.model.positions)
+        label = ", ".join((entry.mixer, *entry.set_for_parameters, *["learned positions"] * (entry.positions != positions)))
         small = entry.equal_cache
-        how = "cannot" if small is None else "below" if small.settings else "as it is"
-        shown.add_row(entry.mixer + learned, *cells(entry.equal_parameters), how)
-        if small is not None and small.settings:
+        how = "cannot" if small is None else "below" if small.settings != entry.equal_parameters.settings else "as it is"
+        shown.add_row(label, *cells(entry.equal_parameters), how)
+        if small is not None and how == "below":
             settings = ", ".join(f"{name}={value}" for name, value in small.settings.items())
             shown.add_row(f"  {settings}", *cells(small), style="dim")
     return shown

@@ -4,6 +4,7 @@ A suite fixes task, model, steps and seeds. Each mixer is measured on two axes: 
 reference, and with these and a cache of at most a share of the reference's bytes per token.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -134,17 +135,36 @@ def measure_entry(suite: Suite, label: str, plan: Config, budget: int, cache_bud
 
     What goes wrong on the second axis is the reason that there is none; the first is kept.
     """
-    plan = with_positions(plan)
-    equal, small, reason = measure(suite, with_parameters(plan, budget)), None, ""
+    plan, fewer = fitted(with_positions(plan), budget)
+    equal, small, reason = dataclasses.replace(measure(suite, plan), settings=fewer), None, ""
     try:
         settings = settings_within(plan, cache_budget)
         small = equal  # small enough as it is, if there is nothing to set
         if settings:
             smaller = with_parameters(_with_settings(plan, settings), budget)
-            small = dataclasses.replace(measure(suite, smaller), settings=settings)
+            small = dataclasses.replace(measure(suite, smaller), settings=fewer | settings)
     except Exception as error:
         reason = said(error)
     return Entry(label, equal, small, reason, plan.model.positions)
+
+
+def fitted(plan: Config, budget: int) -> tuple[Config, dict[str, int]]:
+    """The plan with `budget` parameters, and what was set for it besides mlp_dim: fewer experts, where a mixer has so many that
+    they leave nothing for mlp_dim.
+
+    Raises ValueError where that does not suffice either.
+    """
+    try:
+        return with_parameters(plan, budget), {}
+    except ValueError:
+        experts = accepted_arguments(catalog.mixer(plan.mixer)).get("num_experts")
+        if experts is None or "num_experts" in plan.mixer_args:
+            raise
+        for fewer in range(experts.default - 1, 1, -1):
+            with contextlib.suppress(ValueError):
+                settings = {"num_experts": fewer}
+                return with_parameters(_with_settings(plan, settings), budget), settings
+        raise
 
 
 def with_positions(plan: Config) -> Config:

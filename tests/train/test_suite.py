@@ -15,6 +15,7 @@ from train.leaderboard import Entry, Leaderboard, Measured, cells, table
 from train.suite import (
     SUITES,
     cache_bytes,
+    fitted,
     run_suite,
     settings_within,
     smoke_suite,
@@ -75,6 +76,17 @@ def test_settings_within(small, replaced):
     assert settings_within(fixed, whole / 2) == {"head_dim": 2}
     with pytest.raises(ValueError, match=r"takes 128 bytes per token, and nothing of .*num_kv_heads.* brings it to 3"):
         settings_within(plan, 3)
+
+
+def test_fewer_experts_where_they_leave_nothing(small, replaced):
+    plan = replaced(small.config, {"mixer": "bam"})
+    budget = parameters(replaced(plan, {"mixer_args": {"num_experts": 2}, "model.mlp_dim": 3}))
+    found, settings = fitted(plan, budget)
+    assert settings == {"num_experts": 2} == found.mixer_args
+    assert parameters(found) == budget
+    for hopeless in (replaced(plan, {"mixer": "transformer"}), found):
+        with pytest.raises(ValueError, match="no mlp_dim gives it 10 parameters"):
+            fitted(hopeless, 10)
 
 
 def test_widths_that_a_mixer_refuses_are_passed_over(small, monkeypatch):
