@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnzoo.core import context
-from attnzoo.core.backends import BACKENDS
+from attnzoo.core.backends import BACKENDS, pallas
 from attnzoo.core.backends.choice import choose, record, refusals
 from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import BlockMap
@@ -38,6 +38,7 @@ def attention(
     block_sizes: tuple[int, int] | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    pages: Int[Array, "B M"] | None = None,
 ) -> Any:
     """Attention that can be changed anywhere: ``out = weights(mask(score(scale · q kᵀ + bias))) v``.
 
@@ -58,6 +59,9 @@ def attention(
         block_sizes: tile sizes (queries, keys) of "blockwise" and "pallas".
         return_lse: also return the log-sum-exp of each row, ``[*B, T, N]`` float32.
         return_weights: also return the weights, ``[*B, N, T, S]`` float32, before dropout (dense only).
+        pages: a block table. k and v are then pools ``[P, page, K, ·]``, and batch row b sees the pages ``pages[b, 0]``,
+            ``pages[b, 1]``, ... one after the other, S = M · page; -1 stands for none, and ``kv_positions`` must hide its
+            slots. Kernels read pages of a multiple of 128 where they lie (no derivative); all else gathers them first.
 
     Returns:
         ``out [*B, T, N, Hv]`` in the type of ``v``, or a tuple ``(out, lse, weights)`` of what was asked for. A query that
@@ -73,7 +77,7 @@ def attention(
     request, lead = make_request(
         q, k, v, mask=mask, bias=bias, score=score, weights=weights, scale=scale, dropout_rate=dropout_rate,
         dropout_rng=dropout_rng, q_positions=q_positions, kv_positions=kv_positions, block_sizes=block_sizes,
-        return_lse=return_lse, return_weights=return_weights,
+        return_lse=return_lse, return_weights=return_weights, pages=pages,
     )  # fmt: skip
     result = _run(request, backend)
     out = result.out.astype(request.v.dtype)
@@ -87,6 +91,8 @@ def attention(
 
 
 def _run(request: Request, backend: str) -> Any:
+    if not pallas.reads_pages(request):
+        request = request.gathered()
     if not isinstance(request.weights, Mixture):
         uniform = not request.weights.reads_logits and request.score is None
         if uniform:
@@ -102,7 +108,7 @@ def _run(request: Request, backend: str) -> Any:
         reasons = refusals(request)
         name, reason = choose(request, backend, reasons)
         record(name, reason, reasons)
-        return BACKENDS[name].run(request)
+        return BACKENDS[name].run(request if name == "pallas" else request.gathered())
     if request.return_lse:
         raise ValueError(f"return_lse: {request.weights} has no log-sum-exp; leave it out, or use softmax weights")
     parts, heads, given = [], request.geometry.heads, request.weights.parts()
@@ -167,7 +173,7 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     Takes what :func:`attention` takes; computes nothing of the attention itself. Also accepts ``jax.ShapeDtypeStruct`` for
     q, k and v.
     """
-    absent = ("mask", "bias", "score", "scale", "dropout_rng", "q_positions", "kv_positions", "block_sizes")
+    absent = ("mask", "bias", "score", "scale", "dropout_rng", "q_positions", "kv_positions", "block_sizes", "pages")
     defaults: dict[str, Any] = dict.fromkeys(absent) | {
         "weights": softmax, "dropout_rate": 0.0, "return_lse": False, "return_weights": False,
     }  # fmt: skip
@@ -177,7 +183,7 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     q, k, v = (jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x for x in (q, k, v))
     r, _ = make_request(q, k, v, **(defaults | arguments))
     parts = [w for _, w in r.weights.parts()] if isinstance(r.weights, Mixture) else [r.weights]
-    r = dataclasses.replace(r, weights=parts[0])
+    r = dataclasses.replace(r if pallas.reads_pages(r) else r.gathered(), weights=parts[0])
     divided = context_division(r.geometry)
     if divided is None:
         reasons, across = refusals(r), None

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnzoo.core.cells import Bound, Geometry
 from attnzoo.core.dropout import Dropout, dropout_seed
@@ -37,6 +37,16 @@ class Request:
     block_sizes: tuple[int, int] | None
     return_lse: bool
     return_weights: bool
+    pages: Int[Array, "B M"] | None = None
+    """Where given, k and v are pools ``[P, page, K, ·]``, and S = M · page."""
+
+    def gathered(self) -> Request:
+        """The same call with the pages of each batch row one after the other."""
+        if self.pages is None:
+            return self
+        g, own = self.geometry, jnp.maximum(self.pages, 0)
+        k, v = (x[own].reshape(g.batch, g.keys, *x.shape[2:]) for x in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, pages=None)
 
     @property
     def product_dtype(self) -> Any:
@@ -71,16 +81,22 @@ def make_request(
     block_sizes: Any,
     return_lse: bool,
     return_weights: bool,
+    pages: Any = None,
 ) -> tuple[Request, tuple[int, ...]]:
     """Check the arguments of ``attention``; returns the request and the leading batch dimensions it flattened."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    lead = _check_shapes(q, k, v)
-    batch = int(np.prod(lead))
-    q, k, v = (x.reshape(batch, *x.shape[-3:]) for x in (q, k, v))
+    if pages is None:
+        lead = _check_shapes(q, k, v)
+        keys = k.shape[-3]
+        batch = int(np.prod(lead))
+        q, k, v = (x.reshape(batch, *x.shape[-3:]) for x in (q, k, v))
+    else:
+        lead, pages = q.shape[:1], _as_pages(pages, q, k, v)
+        batch, keys = q.shape[0], pages.shape[1] * k.shape[1]
     g = Geometry(
-        batch, q.shape[2], k.shape[2], q.shape[1], k.shape[1],
+        batch, q.shape[2], k.shape[2], q.shape[1], keys,
         _positions("q_positions", q_positions, lead, (q.shape[1],)),
-        _positions("kv_positions", kv_positions, lead, (k.shape[1],), k.shape[2]),
+        _positions("kv_positions", kv_positions, lead, (keys,), k.shape[2]),
     )  # fmt: skip
     the_score = _as_score(score, g, lead)
     if bias is not None:
@@ -98,8 +114,24 @@ def make_request(
         block_sizes=_as_blocks(block_sizes),
         return_lse=return_lse,
         return_weights=return_weights,
+        pages=pages,
     )  # fmt: skip
     return request, lead
+
+
+def _as_pages(pages: Any, q: Array, k: Array, v: Array) -> Array:
+    pages = jnp.asarray(pages)
+    if not jnp.issubdtype(pages.dtype, jnp.integer):
+        raise TypeError(f"pages has dtype {pages.dtype}; a block table holds integers")
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}, pages {pages.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4 or pages.ndim != 2 or pages.shape[0] != q.shape[0] or 0 in pages.shape:
+        raise ValueError(
+            f"pages: needs q [B, T, N, H], pools k [P, page, K, H] and v [P, page, K, Hv], and pages [B, M]; got {shapes}"
+        )
+    _check_shapes(q[:1], k[:1], v[:1])
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"pages: the pools k and v must have as many pages as each other, got {shapes}")
+    return pages.astype(jnp.int32)
 
 
 def _check_shapes(q: Array, k: Array, v: Array) -> tuple[int, ...]:

@@ -58,6 +58,25 @@ def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tup
     return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_pages(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: Any, pages: Any) -> tuple[Any, Any]:
+    """:func:`attend` where k and v are pools ``[P, K, page, ·]`` and ``pages int32 [B · M]`` names the pages of batch rows.
+
+    Raises ValueError where a derivative is asked for.
+    """
+    lists, mask, call = rest
+    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call, pages))
+
+
+def _no_derivative(*_: Any) -> Any:
+    raise ValueError(
+        "pages: keys that are read through a block table have no derivative in the kernels; use backend='blockwise'"
+    )
+
+
+attend_pages.defvjp(_no_derivative, _no_derivative)
+
+
 def _laid(p: Problem, score: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(laid_out(p, x, layout) for x, layout in zip(score, p.score_layouts, strict=True))
 

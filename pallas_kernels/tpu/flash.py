@@ -42,7 +42,8 @@ from pallas_kernels.tpu.problem import (
 class Inputs(NamedTuple):
     """Arrays of a call: ``q [B, N, T, H]`` scaled, ``k [B, K, S, H]``, ``v [B, K, S, Hv]``, padded to whole blocks; laid-out
     operands of the score and the mask; ``call int32 [6]``: two words of the dropout seed, and the batch row, head,
-    query and key at which these arrays begin, for masks and scores that ask."""
+    query and key at which these arrays begin, for masks and scores that ask. With ``pages int32 [B · M]`` k and v are pools
+    ``[P, K, page, ·]``."""
 
     q: Any
     k: Any
@@ -50,12 +51,13 @@ class Inputs(NamedTuple):
     score: tuple[Any, ...]
     mask: tuple[Any, ...]
     call: Any
+    pages: Any = None
 
 
 def row_place(p: Problem, capacity: int) -> Any:
     """Grid (b, h, step) -> batch row, head, query block, key block."""
 
-    def place(b: Any, h: Any, step: Any, words: Any, count: Any, call: Any) -> tuple[Any, Any, Any, Any]:
+    def place(b: Any, h: Any, step: Any, words: Any, count: Any, *_: Any) -> tuple[Any, Any, Any, Any]:
         word = current(p, capacity, b, h, step, words, count)[0]
         return b, h, jobs.major(word), jobs.minor(word)
 
@@ -76,6 +78,8 @@ def specs(p: Problem, place: Any, x: Inputs) -> tuple[list[Any], list[Any]]:
 
     def key(*a: Any) -> tuple[Any, ...]:
         b, h, _, j = place(*a)
+        if p.page_blocks:
+            b, j = p.page_of(a[-1], b, j)
         return b, lax.div(h, p.group), j, 0
 
     main = [
@@ -130,7 +134,7 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
     return launch(
         functools.partial(_forward_kernel, p, tiles),
         name="attnzoo_flash_forward",
-        scalars=(tiles.words, tiles.count, x.call),
+        scalars=(tiles.words, tiles.count, x.call, *([x.pages] if p.page_blocks else [])),
         grid=(p.batch, p.heads, tiles.steps),
         in_specs=[*main, *operands],
         inputs=[x.q, x.k, x.v, *x.score, *x.mask],
@@ -146,7 +150,8 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
     )
 
 
-def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, *refs: Any) -> None:
+    q, k, v, *refs = refs[1:] if p.page_blocks else refs  # type: ignore[assignment]
     cut = len(p.score_layouts)
     score_refs, mask_refs = refs[:cut], refs[cut : cut + len(p.mask_layouts)]
     out, lse, top, total, acc = refs[cut + len(p.mask_layouts) :]

@@ -41,6 +41,7 @@ class Problem:
     for softmax; keep: ``(seed0, seed1, b, h, t, s) -> factor``, dropout. All are elementwise on what broadcasts to a tile.
     rows, columns: a tile is worked through in pieces of this size.
     per_batch, per_head: whether the lists of tiles differ by batch row and head.
+    page_blocks: 0, or k and v come as pools of pages, of so many blocks each, that batch rows name in order.
     """
 
     batch: int
@@ -60,6 +61,7 @@ class Problem:
     keep: Callable[..., Any] | None
     per_batch: bool
     per_head: bool
+    page_blocks: int = 0
 
     @property
     def group(self) -> int:
@@ -78,6 +80,12 @@ class Problem:
     @property
     def differentiable(self) -> tuple[bool, ...]:
         return tuple(not layout.boolean for layout in self.score_layouts)
+
+    def page_of(self, pages: Any, b: Any, j: Any) -> tuple[Any, Any]:
+        """The page that holds key block j of a batch row, and which of its blocks that is."""
+        columns = self.padded[1] // self.block_k // self.page_blocks
+        size = jnp.int32(self.page_blocks)
+        return pages[b * columns + lax.div(j, size)], lax.rem(j, size)
 
     def which_list(self, b: Any, h: Any) -> Any:
         """The list of tiles of a batch row and head."""

@@ -25,7 +25,7 @@ from attnzoo.core.cells import Bound, Geometry, Operand
 from attnzoo.core.dropout import Dropout
 from attnzoo.core.hoist import NotElementwise, hoist, outside
 from attnzoo.core.request import Request
-from attnzoo.core.sharding import Axes, division, operand_spec
+from attnzoo.core.sharding import Axes, context_division, division, operand_spec
 from attnzoo.core.weights import Normalised, Pointwise
 
 
@@ -52,6 +52,18 @@ def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
     abstract: Any = jax.eval_shape(lambda q: packed_queries(q, r.geometry) if plan.packed else q, r.q)
     part = _part(r, plan, _Arrays(abstract, r.k, r.v, (), (), plan.state, None, None), plan.mask, plan.score)
     return kernels.refusal(part, r.geometry if plan.packed else None, rectangle)
+
+
+def reads_pages(r: Request) -> bool:
+    """Whether the kernels read the pages of this request where they lie."""
+    if r.pages is None or (kernels := _kernels()) is None:
+        return False
+    return (
+        r.k.shape[1] % 128 == 0
+        and division(r.geometry) is None
+        and context_division(r.geometry) is None
+        and kernels.holds_pages(r.pages.size)
+    )
 
 
 def _kernels() -> ModuleType | None:
@@ -83,6 +95,8 @@ def block_sizes(r: Request, queries: int, keys: int) -> tuple[int, int]:
     kernels = _kernels()
     assert kernels is not None
     block_q, block_k = kernels.block_sizes(r.block_sizes, queries, keys)
+    if r.pages is not None:  # a tile lies within one page
+        block_k = math.gcd(block_k, r.k.shape[1])
     for op in operands(r.bound_mask()):
         if op.block is not None:  # a tile lies within one block
             block_q, block_k = math.gcd(block_q, op.block[0]), math.gcd(block_k, op.block[1])
@@ -217,7 +231,8 @@ def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
     if not plan.packed:
         return attend_part(part)
     most = 1 if part.dropout is not None else kernels.most_runs(part.geometry.batch * part.geometry.heads, part.geometry.keys)
-    if (n := runs(part.geometry.keys, plan.block_k, most)) == 1:
+    unit = plan.block_k if part.pages is None else part.k.shape[1]
+    if (n := runs(part.geometry.keys, unit, most)) == 1:
         return attend_part(part, r.geometry)
     return joined(part, n, *attend_part(split(part, n)))
 
@@ -226,7 +241,7 @@ def _part(r: Request, plan: _Plan, x: _Arrays, mask: Bound | None, score: Bound 
     here = Geometry(x.q.shape[0], x.q.shape[2], x.k.shape[2], x.q.shape[1], r.geometry.keys, origin=x.origin)
     bm = BlockMap(plan.state if x.state is None else x.state, here.queries, here.keys, plan.block_q, plan.block_k, "")
     dropout = None if r.dropout is None else Dropout(r.dropout.rate, r.dropout.seed if x.seed is None else x.seed)
-    return Part(x.q, x.k, x.v, here, mask, score, r.weights, dropout, bm)
+    return Part(x.q, x.k, x.v, here, mask, score, r.weights, dropout, bm, r.pages)
 
 
 def attend_part(part: Part, packed: Geometry | None = None) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.cells import Bound, Geometry
@@ -17,7 +17,8 @@ from attnzoo.core.weights import Weights
 
 class Part(NamedTuple):
     """``q [B, T, N, H]`` (scaled), ``k [B, S, K, H]``, ``v [B, S, K, Hv]``, their place in the call (``geometry``), and the
-    mask and score with their operands cut to the part. ``block_map`` is of the part."""
+    mask and score with their operands cut to the part. ``block_map`` is of the part. Where ``pages [B, M]`` are given, k and v
+    are pools ``[P, page, K, ·]``."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
@@ -28,6 +29,7 @@ class Part(NamedTuple):
     weights: Weights
     dropout: Dropout | None
     block_map: BlockMap
+    pages: Int[Array, "B M"] | None = None
 
 
 class PartGradients(NamedTuple):

@@ -50,10 +50,16 @@ def split(part: Part, n: int) -> Part:
     xp = np if isinstance(bm.state, np.ndarray) else jnp
     state = xp.broadcast_to(bm.state, (g.batch, *bm.state.shape[1:]))
     state = xp.moveaxis(state.reshape(*state.shape[:3], n, -1), 3, 1).reshape(g.batch * n, *state.shape[1:3], -1)
+    k, v, pages = part.k, part.v, part.pages
+    if pages is None:
+        k, v = (x.reshape(g.batch * n, length, *x.shape[2:]) for x in (k, v))
+    else:
+        pages = pages.reshape(g.batch * n, -1)
     return part._replace(
         q=jnp.repeat(part.q, n, axis=0),
-        k=part.k.reshape(g.batch * n, length, *part.k.shape[2:]),
-        v=part.v.reshape(g.batch * n, length, *part.v.shape[2:]),
+        k=k,
+        v=v,
+        pages=pages,
         geometry=geometry,
         mask=placed(part.mask, 0),
         score=placed(part.score, 1),

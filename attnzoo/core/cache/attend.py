@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from attnzoo.core.attention import attention
 from attnzoo.core.cache.layer import EMPTY, LayerCache
+from attnzoo.core.cache.paged import PagedCache
 from attnzoo.core.masks import Causal
 from attnzoo.core.scores import Bias
 
@@ -58,18 +59,22 @@ def cached_attention(
         ValueError: T > 1 queries under a mask without `q_positions`.
     """
     batch, length, heads, _ = q.shape
+    if q_positions is None:
+        if length > 1 and mask is not None:
+            raise ValueError(
+                f"q_positions: needed for T={length} queries under {mask}; take cache.next_positions(T) before append"
+            )
+        q_positions = jnp.broadcast_to(cache.seen[:, None] - 1, (batch, length))
+    if isinstance(cache, PagedCache) and read is read_kv:
+        k, v = (jnp.swapaxes(x, 1, 2) for x in read(cache.payload))
+        placed: dict[str, Any] = {"q_positions": q_positions, "kv_positions": cache.positions, "pages": cache.table}
+        return attention(q, k, v, mask=mask, **placed, **options)
     view: LayerCache = cache.view()
     k, v = read(view.payload)
     pos, w = view.pos, view.w
     if k.shape[1] != pos.shape[1]:
         pos = jnp.broadcast_to(pos, (batch, *k.shape[1:3]))
         w = jnp.broadcast_to(w, (batch, *k.shape[1:3]))
-    if q_positions is None:
-        if length > 1 and mask is not None:
-            raise ValueError(
-                f"q_positions: needed for T={length} queries under {mask}; take cache.next_positions(T) before append"
-            )
-        q_positions = jnp.broadcast_to(view.seen[:, None] - 1, (batch, length))
     bias = None
     if view.weighted:
         log_w, pos = weigh_slots(pos, w)

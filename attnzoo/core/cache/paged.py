@@ -1,9 +1,9 @@
 """The paged layout: rows of different lengths draw pages from one pool through a block table, all inside jit
 (vLLM; Kwon et al., 2023, arXiv 2309.06180, §4).
 
-A `PagedCache` is used exactly as a `LayerCache`: `next_positions`, `append`, `cached_attention`. It is read
-by gathering a row's pages in order, so slot and position agree and the result equals that of the dense
-layout.
+A `PagedCache` is used exactly as a `LayerCache`: `next_positions`, `append`, `cached_attention`. A row's pages are read in
+order, so slot and position agree and the result equals that of the dense layout: in place by the fused kernels, where pages
+have a multiple of 128 slots, elsewhere gathered.
 """
 
 import dataclasses
@@ -58,6 +58,13 @@ class PagedCache:
         """Positions of the next `length` tokens of each row: call it before `append`."""
         return self.seen[:, None] + jnp.arange(length, dtype=jnp.int32)
 
+    @property
+    def positions(self) -> Int[Array, "B S"]:
+        """Token positions of the M · page slots of each row, `EMPTY` where there is nothing."""
+        pos = jnp.arange(self.table.shape[1] * self.page, dtype=jnp.int32)
+        held = (pos < self.seen[:, None]) & jnp.repeat(self.table != EMPTY, self.page, axis=1)
+        return jnp.where(held, pos, EMPTY)
+
     def view(self) -> LayerCache:
         """A dense cache of M · page slots, gathered through the block table."""
         batch, columns = self.table.shape
@@ -69,9 +76,7 @@ class PagedCache:
 
         payload = jax.tree.map(gather, self.payload)
         heads = jax.tree.leaves(payload)[0].shape[1]
-        pos = jnp.arange(slots, dtype=jnp.int32)
-        held = (pos < self.seen[:, None]) & jnp.repeat(self.table != EMPTY, self.page, axis=1)
-        pos = jnp.broadcast_to(jnp.where(held, pos, EMPTY)[:, None], (batch, heads, slots))
+        pos = jnp.broadcast_to(self.positions[:, None], (batch, heads, slots))
         return LayerCache(
             payload=payload,
             pos=pos,

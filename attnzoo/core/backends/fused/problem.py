@@ -47,6 +47,7 @@ def problem_of(part: Part, packed: Geometry | None, rows: int, columns: int) -> 
         None if part.dropout is None else functools.partial(_keep, part.dropout.rate, packed),
         per_batch=state.shape[0] > 1,
         per_head=state.shape[1] > 1,
+        page_blocks=0 if part.pages is None else part.k.shape[1] // bm.block_k,
     )  # fmt: skip
     return problem, state
 
@@ -63,6 +64,11 @@ def call_of(part: Part) -> Any:
     """``int32 [6]``: the seed of dropout, and the batch row, head, query and key at which the part begins."""
     seed = jnp.zeros(2, jnp.uint32) if part.dropout is None else part.dropout.seed
     return jnp.concatenate([lax.bitcast_convert_type(seed, jnp.int32), jnp.asarray(part.geometry.origin)])
+
+
+def pages_of(part: Part) -> Any:
+    """``int32 [B · M]``, or None: the pages of all batch rows; slots of a page that a row has not are hidden by the mask."""
+    return None if part.pages is None else jnp.maximum(part.pages, 0).ravel()
 
 
 def _layout(op: Operand) -> Any:

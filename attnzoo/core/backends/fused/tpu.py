@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands, problem_of
+from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands, pages_of, problem_of
 from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.cells import Geometry
 
@@ -42,6 +42,12 @@ def most_runs(rows_and_heads: int, keys: int) -> int:
     return 1  # one core reads the cache as fast as the memory gives it
 
 
+def holds_pages(entries: int) -> bool:
+    from pallas_kernels.tpu.jobs import MOST_BYTES
+
+    return 4 * entries <= MOST_BYTES // 2  # lists of tiles take scalar memory too
+
+
 def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | None) -> str | None:
     from pallas_kernels.tpu import jobs, launch
 
@@ -68,7 +74,7 @@ def attend(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
     from pallas_kernels.tpu import attend
 
     problem, arrays = _problem(part, packed)
-    out, lse = attend.attend(problem, *arrays)
+    out, lse = attend.attend(problem, *arrays) if part.pages is None else attend.attend_pages(problem, *arrays, pages_of(part))
     return out[:, :, : problem.queries], lse[:, :, 0, : problem.queries]
 
 
@@ -99,7 +105,8 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
     by_column, kinds_of = column_lists(problem, state)
     lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:])), by_column, kinds_of)
     padded = problem.padded
-    q, k, v = (_by_heads(a, n) for a, n in ((part.q, padded[0]), (part.k, padded[1]), (part.v, padded[1])))
+    keys = padded[1] if part.pages is None else part.k.shape[1]
+    q, k, v = (_by_heads(a, n) for a, n in ((part.q, padded[0]), (part.k, keys), (part.v, keys)))
     rest = (lists, mask_operands(part, problem), call_of(part))
     return problem, (q, k, v, tuple(op.x for op in operands(part.score)), rest)
 
