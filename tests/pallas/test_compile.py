@@ -106,6 +106,33 @@ def test_other_generations_compile(generation):
     assert [name for name, _ in run(PROGRAM, generation, *names)] == names
 
 
+PAGES = """
+import json, sys
+import jax, jax.numpy as jnp
+from attnzoo.core import masks
+from attnzoo.core.attention import attention
+from pallas_kernels import schedule
+
+def decode(q, k, v, table, seen):
+    slots = jnp.arange(table.shape[1] * k.shape[1])
+    where = {"q_positions": seen - 1, "kv_positions": jnp.where(slots < seen, slots, -1), "mask": masks.Causal()}
+    return attention(q, k, v, pages=table, backend="pallas", **where)
+
+of = jax.ShapeDtypeStruct
+pool = of((300, 256, 2, 128), "bfloat16")
+arguments = [of((4, 1, 8, 128), "bfloat16"), pool, pool, of((4, 64), "int32"), of((4, 1), "int32")]
+program = schedule.compiled(sys.argv[1], decode, arguments)
+memory = program.memory_analysis()
+print(json.dumps([memory.argument_size_in_bytes, memory.temp_size_in_bytes]))
+"""
+
+
+def test_pages_are_read_where_they_lie():
+    ((arguments, temporaries),) = run(PAGES, "v5e")
+    assert arguments > 2 * 300 * 256 * 2 * 128 * 2
+    assert temporaries < arguments / 50
+
+
 SHARDED = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
