@@ -27,7 +27,7 @@ from benchmarks._measure import environment
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"B": 1, "N": 8, "K": 8, "H": 64}
-BLOCK = 512
+BLOCK = 256
 WINDOW = 4096
 
 
@@ -144,7 +144,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
         label = f"{order}: {row['one_after_the_other']} one after the other (at best {row['at_best']})"
         axes[1].bar(np.arange(devices) + 0.4 * n - 0.2, row["per_device"], 0.38, label=label)
     axes[1].set(xlabel="device", ylabel="tiles per head", title=f"causal, {result['memory'][0]['tokens']} tokens")
-    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[1].legend(frameon=False, fontsize=8, loc="upper left")
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

@@ -65,11 +65,13 @@ def map_of(r: Request) -> BlockMap:
 
 
 def whole(r: Request, bm: BlockMap) -> Part:
-    """The request as one part. Other parts of it have some of its queries, keys and operands."""
+    """The request as one part. Other parts of it have some of its queries, keys and operands.
+
+    Keys are scaled, not queries: they are copied into another order in any case, and a copy of the queries is saved.
+    """
     dtype = r.product_dtype
-    q = (r.q.astype(jnp.float32) * r.scale).astype(dtype)
-    k, v = r.k.astype(dtype), r.v.astype(dtype)
-    return Part(q, k, v, r.geometry, r.bound_mask(), r.bound_score(), r.weights, r.dropout, bm)
+    k = (r.k.astype(jnp.float32) * r.scale).astype(dtype)
+    return Part(r.q.astype(dtype), k, r.v.astype(dtype), r.geometry, r.bound_mask(), r.bound_score(), r.weights, r.dropout, bm)
 
 
 def run(r: Request) -> Result:
@@ -204,7 +206,7 @@ def _loop(lists: RowLists, row: Array, body: Callable[[Array, Any], Any], carry:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(p: Problem, q: Array, k: Array, v: Array, score_xs: list[Array], rest: Rest) -> tuple[Array, Array]:
-    """``out [B, T, N, Hv]`` and ``lse [B, N, T]`` (zeros for pointwise maps), float32. ``q`` comes scaled."""
+    """``out [B, T, N, Hv]`` and ``lse [B, N, T]`` (zeros for pointwise maps), float32. ``k`` comes scaled."""
     w = p.walk
     (bt, nt, block_q, block_k), kt = w.size, w.kv_heads
     qs = _padded(q, w.padding[0])

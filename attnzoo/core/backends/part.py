@@ -16,9 +16,9 @@ from attnzoo.core.weights import Weights
 
 
 class Part(NamedTuple):
-    """``q [B, T, N, H]`` (scaled), ``k [B, S, K, H]``, ``v [B, S, K, Hv]``, their place in the call (``geometry``), and the
-    mask and score with their operands cut to the part. ``block_map`` is of the part. Where ``pages [B, M]`` are given, k and v
-    are pools ``[P, page, K, ·]``."""
+    """``q [B, T, N, H]``, ``k [B, S, K, H]`` (one of them scaled), ``v [B, S, K, Hv]``, their place in the call (``geometry``),
+    and the mask and score with their operands cut to the part. ``block_map`` is of the part. Where ``pages [B, M]`` are given,
+    k and v are pools ``[P, page, K, ·]``."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
