@@ -61,7 +61,7 @@ def attention(
         return_weights: also return the weights, ``[*B, N, T, S]`` float32, before dropout (dense only).
         pages: a block table. k and v are then pools ``[P, page, K, ·]``, and batch row b sees the pages ``pages[b, 0]``,
             ``pages[b, 1]``, ... one after the other, S = M · page; -1 stands for none, and ``kv_positions`` must hide its
-            slots. Kernels read pages of a multiple of 128 where they lie (no derivative); all else gathers them first.
+            slots. TPU kernels read pages of a multiple of 128 where they lie (no derivative); all else gathers them first.
 
     Returns:
         ``out [*B, T, N, Hv]`` in the type of ``v``, or a tuple ``(out, lse, weights)`` of what was asked for. A query that

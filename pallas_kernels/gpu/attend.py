@@ -37,26 +37,6 @@ def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tup
     return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call), slots)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_pages(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: Any, pages: Any) -> tuple[Any, Any]:
-    """:func:`attend` where k and v are pools ``[P, page, K, ·]`` and ``pages int32 [B · M]`` names the pages of batch rows.
-
-    Raises ValueError where a derivative is asked for.
-    """
-    lists, mask, call = rest
-    slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k)
-    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call, pages), slots)
-
-
-def _no_derivative(*_: Any) -> Any:
-    raise ValueError(
-        "pages: keys that are read through a block table have no derivative in the kernels; use backend='blockwise'"
-    )
-
-
-attend_pages.defvjp(_no_derivative, _no_derivative)
-
-
 def _check(p: Problem, q: Any, k: Any, v: Any, backward: bool) -> None:
     if (why := refusal(p, q, k, v, backward=backward)) is not None:
         raise ValueError(f"flash attention on a GPU cannot run this: {why}")

@@ -39,8 +39,7 @@ REGISTERS = (240, 24)
 class Inputs(NamedTuple):
     """Arrays of a call: ``q [B, T, N, H]`` scaled, ``k [B, S, K, H]``, ``v [B, S, K, Hv]``, padded to whole blocks and widths;
     laid-out operands of the score and the mask; ``call int32 [6]``: the seed of dropout, and the batch row, head, query and key
-    at which these arrays begin in the call that they are a part of. With ``pages int32 [B · M]`` k and v are pools
-    ``[P, page, K, ·]``."""
+    at which these arrays begin in the call that they are a part of."""
 
     q: Any
     k: Any
@@ -48,7 +47,6 @@ class Inputs(NamedTuple):
     score: tuple[Any, ...]
     mask: tuple[Any, ...]
     call: Any
-    pages: Any = None
 
 
 def forward(p: Problem, tiles: Tiles, x: Inputs, slots: int) -> tuple[Any, Any]:
@@ -61,10 +59,7 @@ def forward(p: Problem, tiles: Tiles, x: Inputs, slots: int) -> tuple[Any, Any]:
         grid=(queries // p.block_q, p.batch, p.heads),
         grid_names=("row", "batch", "head"),
         warpgroups=COMPUTING + 1,
-        inputs=[
-            tiles.minor, tiles.begin, tiles.full, tiles.count, x.call, *([x.pages] if p.page_blocks else []), x.q, x.k, x.v,
-            *x.score, *x.mask,
-        ],
+        inputs=[tiles.minor, tiles.begin, tiles.full, tiles.count, x.call, x.q, x.k, x.v, *x.score, *x.mask],
         out_type=[
             jax.ShapeDtypeStruct((*x.q.shape[:3], value_width), x.v.dtype),
             jax.ShapeDtypeStruct((p.batch, p.heads, queries), jnp.float32),
@@ -83,8 +78,8 @@ def forward(p: Problem, tiles: Tiles, x: Inputs, slots: int) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: Any, call: Any, *refs: Any) -> None:
-    pages, (q, k, v, *refs) = (refs[0], refs[1:]) if p.page_blocks else (None, refs)  # type: ignore[assignment]
+def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: Any, call: Any, q: Any, k: Any, v: Any,
+            *refs: Any) -> None:  # fmt: skip
     cut, both = len(p.score_layouts), len(p.score_layouts) + len(p.mask_layouts)
     out, lse, *scratch = refs[both:]
     q_smem, k_smem, v_smem, *apart, lse_smem, q_here, k_here, k_free, v_here, v_free, turn = scratch
@@ -160,10 +155,5 @@ def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: 
     def _fetch() -> None:
         plgpu.set_max_registers(REGISTERS[1], action="decrease")
         kv = lax.div(h, jnp.int32(p.group))
-
-        def there(n: Any) -> tuple[Any, Any, Any]:
-            row, j = (b, minor[first + n]) if pages is None else p.page_of(pages, b, minor[first + n])
-            return row, pl.ds(j * p.block_k, p.block_k), kv
-
-        fetch(rings, 0, length, there)
+        fetch(rings, 0, length, lambda n: (b, pl.ds(minor[first + n] * p.block_k, p.block_k), kv))
         drain(rings, length)

@@ -2,7 +2,7 @@
 (vLLM; Kwon et al., 2023, arXiv 2309.06180, §4).
 
 A `PagedCache` is used exactly as a `LayerCache`: `next_positions`, `append`, `cached_attention`. A row's pages are read in
-order, so slot and position agree and the result equals that of the dense layout: in place by the fused kernels, where pages
+order, so slot and position agree and the result equals that of the dense layout: in place by the TPU kernels, where pages
 have a multiple of 128 slots, elsewhere gathered.
 """
 

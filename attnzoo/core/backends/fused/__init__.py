@@ -4,7 +4,7 @@
 - ``DTYPES``, and ``block_sizes(wanted, queries, keys) -> (int, int)``, the tiles of a call (ValueError: not so wanted ones);
 - ``packed_rows(rows) -> int``: the rows of a tile that holds a call with few queries, and ``most_runs(rows_and_heads, keys)
   -> int``: into how many runs of keys such a call may be divided;
-- ``holds_pages(entries) -> bool``: whether it can hold a block table of so many;
+- ``holds_pages(entries) -> bool``: whether it reads pages through a block table of so many entries;
 - ``refusal(part, packed, rectangle) -> str | None``: why it cannot run a part;
 - ``attend(part, packed)`` and ``gradients(part, lse, d_out, delta)``.
 """

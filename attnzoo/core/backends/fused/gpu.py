@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands, pages_of, problem_of
+from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands, problem_of
 from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.cells import Geometry
 
@@ -51,7 +51,7 @@ def most_runs(rows_and_heads: int, keys: int) -> int:
 
 
 def holds_pages(entries: int) -> bool:
-    return True  # in global memory
+    return False  # the kernels read [B, S, K, H], and a pool in the order of a cache would have to be turned for them
 
 
 def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | None) -> str | None:
@@ -70,7 +70,7 @@ def attend(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
     from pallas_kernels.gpu import attend
 
     problem, arrays = _problem(part, packed)
-    out, lse = attend.attend(problem, *arrays) if part.pages is None else attend.attend_pages(problem, *arrays, pages_of(part))
+    out, lse = attend.attend(problem, *arrays)
     return jnp.moveaxis(out[:, : problem.queries, :, : part.v.shape[3]], 2, 1), lse[:, :, : problem.queries]
 
 
@@ -100,7 +100,6 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
     problem, state = _problem_of(part, packed)
     lists = Lists(*(make_tiles(s.reshape(-1, *s.shape[2:])) for s in (state, state.swapaxes(2, 3))))
     t, s = problem.padded
-    s = s if part.pages is None else part.k.shape[1]
     q, k, v = (_padded(x, n) for x, n in ((part.q, t), (part.k, s), (part.v, s)))
     rest = (lists, mask_operands(part, problem), call_of(part))
     return problem, (q, k, v, tuple(op.x for op in operands(part.score)), rest)
