@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -67,6 +68,11 @@ def attend_gradients(p: Problem, arrays: Any, lse: Any, d_out: Any, delta: Any) 
     """
     q, k, v, score, rest = arrays
     _check(p, q, k, v, backward=True)
+    if p.keys_by_head:
+        by_token = dataclasses.replace(p, keys_by_head=False)
+        turned = q, k.swapaxes(1, 2), v.swapaxes(1, 2), score, rest
+        dq, dk, dv, *others = attend_gradients(by_token, turned, lse, d_out, delta)
+        return dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2), *others
     lists, mask, call = rest
     x = Inputs(q, k, v, _laid(p, score), mask, call)
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))

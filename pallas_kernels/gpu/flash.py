@@ -37,7 +37,8 @@ REGISTERS = (240, 24)
 
 
 class Inputs(NamedTuple):
-    """Arrays of a call: ``q [B, T, N, H]`` scaled, ``k [B, S, K, H]``, ``v [B, S, K, Hv]``, padded to whole blocks and widths;
+    """Arrays of a call: ``q [B, T, N, H]`` scaled, ``k [B, S, K, H]``, ``v [B, S, K, Hv]`` (or, where the problem says so,
+    ``[B, K, S, ·]``), padded to whole blocks and widths;
     laid-out operands of the score and the mask; ``call int32 [6]``: the seed of dropout, and the batch row, head, query and key
     at which these arrays begin in the call that they are a part of."""
 
@@ -155,5 +156,10 @@ def _kernel(p: Problem, tiles: Tiles, minor: Any, begin: Any, full: Any, count: 
     def _fetch() -> None:
         plgpu.set_max_registers(REGISTERS[1], action="decrease")
         kv = lax.div(h, jnp.int32(p.group))
-        fetch(rings, 0, length, lambda n: (b, pl.ds(minor[first + n] * p.block_k, p.block_k), kv))
+
+        def there(n: Any) -> tuple[Any, Any, Any]:
+            keys = pl.ds(minor[first + n] * p.block_k, p.block_k)
+            return (b, kv, keys) if p.keys_by_head else (b, keys, kv)
+
+        fetch(rings, 0, length, there)
         drain(rings, length)

@@ -25,8 +25,8 @@ def refusal(p: Problem, q: Any, k: Any, v: Any, *, backward: bool = False) -> st
         return f"its head widths are multiples of 64, not {width} and {value_width}; pad them with zeros"
     if p.block_q != choice.BLOCK_Q or p.block_k not in (64, 128):
         return f"its blocks are {choice.BLOCK_Q} queries by 64 or 128 keys, not {p.block_q} by {p.block_k}"
-    if (q.shape[1], v.shape[1]) != p.padded:
-        return f"its inputs come padded to {p.padded} queries and keys, not {(q.shape[1], v.shape[1])}"
+    if (given := (q.shape[1], v.shape[2 if p.keys_by_head else 1])) != p.padded:
+        return f"its inputs come padded to {p.padded} queries and keys, not {given}"
     if not choice.slots(width, value_width, p.block_k):
         return f"heads {width} and {value_width} wide do not fit into shared memory with {p.block_k} keys at a time"
     if backward and not choice.backward_slots(width, value_width, p.block_k):

@@ -41,7 +41,8 @@ class Problem:
     for softmax; keep: ``(seed0, seed1, b, h, t, s) -> factor``, dropout. All are elementwise on what broadcasts to a tile.
     rows, columns: a tile is worked through in pieces of this size.
     per_batch, per_head: whether the lists of tiles differ by batch row and head.
-    page_blocks: 0, or k and v come as pools of pages, of so many blocks each, that batch rows name in order.
+    page_blocks: 0, or k and v come as pools of pages, of so many blocks each, that batch rows name in order (TPU).
+    keys_by_head: whether k and v come as ``[B, K, S, ·]``, the order of caches, and not as ``[B, S, K, ·]`` (GPU).
     """
 
     batch: int
@@ -62,6 +63,7 @@ class Problem:
     per_batch: bool
     per_head: bool
     page_blocks: int = 0
+    keys_by_head: bool = False
 
     @property
     def group(self) -> int:

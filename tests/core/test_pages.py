@@ -56,15 +56,6 @@ def test_a_tpu_reads_them_in_place(queries, monkeypatch):
     np.testing.assert_allclose(out, by_hand(q, k, v, 128), atol=2e-6)
 
 
-def test_runs_of_pages(monkeypatch):
-    q, k, v = inputs(128)
-    monkeypatch.setattr(tpu, "most_runs", lambda rows_and_heads, keys: 3)
-    with simulation():
-        run = jax.jit(lambda q, k, v, t: attention(q, k, v, pages=t, backend="pallas", **positions(128)))
-        out = jax.block_until_ready(run(q, k, v, TABLE))
-    np.testing.assert_allclose(out, by_hand(q, k, v, 128), atol=2e-6)
-
-
 def test_no_derivative_in_the_kernels():
     q, k, v = inputs(128)
     with simulation(), pytest.raises(ValueError, match="read through a block table have no derivative"):

@@ -24,16 +24,16 @@ CASES = {
 
 
 @pytest.fixture
-def batches(monkeypatch):
-    """Batch rows of each call of the kernels, where they may divide keys into two runs."""
+def seen_keys(monkeypatch):
+    """Keys ``[B, S, K]`` of each call of the kernels, where they may divide keys into two runs."""
     seen, attend = [], tpu.attend
     monkeypatch.setattr(tpu, "most_runs", lambda rows_and_heads, keys: 2)
-    monkeypatch.setattr(tpu, "attend", lambda part, packed: seen.append(part.k.shape[:2]) or attend(part, packed))
+    monkeypatch.setattr(tpu, "attend", lambda part, packed: seen.append(part.k.shape[:3]) or attend(part, packed))
     return seen
 
 
 @pytest.mark.parametrize("name", [next(iter(CASES)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*CASES][1:])])
-def test_runs_are_merged_into_the_whole(name, batches):
+def test_runs_are_merged_into_the_whole(name, seen_keys):
     def total(backend, q, k, v, table):
         out = attention(
             q, k, v, backend=backend, block_sizes=(128, 128), score=lambda s, b, h, q, k: s + table[h, k], **CASES[name]
@@ -44,7 +44,7 @@ def test_runs_are_merged_into_the_whole(name, batches):
     (_, want), wanted = run("dense", Q, K, V, TABLE)
     with simulation():
         (_, out), found = jax.block_until_ready(run("pallas", Q, K, V, TABLE))
-    assert batches == [(4, 128)]
+    assert seen_keys == [(2, 128, 2)]
     np.testing.assert_allclose(out, want, atol=2e-6, rtol=1e-5)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)

@@ -230,9 +230,9 @@ def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
     assert kernels is not None
     if not plan.packed:
         return attend_part(part)
-    most = 1 if part.dropout is not None else kernels.most_runs(part.geometry.batch * part.geometry.heads, part.geometry.keys)
-    unit = plan.block_k if part.pages is None else part.k.shape[1]
-    if (n := runs(part.geometry.keys, unit, most)) == 1:
+    g = part.geometry
+    most = kernels.most_runs(g.batch * g.heads, g.keys) if part.dropout is None and part.pages is None else 1
+    if (n := runs(g.keys, plan.block_k, most)) == 1:
         return attend_part(part, r.geometry)
     return joined(part, n, *attend_part(split(part, n)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -57,12 +58,8 @@ def holds_pages(entries: int) -> bool:
 def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | None) -> str | None:
     from pallas_kernels.gpu import refusal
 
-    problem, _ = _problem_of(part, packed)
-    t, s = problem.padded
-    q, k, v = (
-        jax.ShapeDtypeStruct((x.shape[0], n, x.shape[2], _whole(x.shape[3])), x.dtype)
-        for x, n in ((part.q, t), (part.k, s), (part.v, s))
-    )
+    problem = _problem_of(part, packed)[0]
+    q, k, v = (jax.eval_shape(lambda x, n=n, by=by: _padded(x, n, by), x) for x, n, by in _placed(part, problem))
     return refusal.refusal(problem, q, k, v, backward=True)
 
 
@@ -80,16 +77,20 @@ def gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
     problem, arrays = _problem(part, None)
     rows = ((0, 0), (0, 0), (0, problem.padded[0] - problem.queries))
     norm, delta = jnp.pad(lse, rows, constant_values=-jnp.inf), jnp.pad(delta, rows)
-    d_out = _padded(jnp.moveaxis(d_out, 1, 2), problem.padded[0])
+    d_out = _padded(jnp.moveaxis(d_out, 1, 2), problem.padded[0], False)
     dq, dk, dv, d_score, _ = attend_gradients(problem, arrays, norm, d_out, delta)
+    if problem.keys_by_head:
+        dk, dv = (jnp.swapaxes(d, 1, 2) for d in (dk, dv))
     dq, dk, dv = (d[:, : x.shape[1], :, : x.shape[3]] for d, x in ((dq, part.q), (dk, part.k), (dv, part.v)))
     return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
 
 
 def _problem_of(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
+    """One tile of queries reads a cache, more read what projections made: of each its own order is kept."""
     from pallas_kernels.gpu.warpgroup import ROWS
 
-    return problem_of(part, packed, ROWS, part.block_map.block_k)
+    problem, state = problem_of(part, packed, ROWS, part.block_map.block_k)
+    return dataclasses.replace(problem, keys_by_head=part.geometry.queries <= problem.block_q), state
 
 
 def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]:
@@ -99,16 +100,19 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
 
     problem, state = _problem_of(part, packed)
     lists = Lists(*(make_tiles(s.reshape(-1, *s.shape[2:])) for s in (state, state.swapaxes(2, 3))))
-    t, s = problem.padded
-    q, k, v = (_padded(x, n) for x, n in ((part.q, t), (part.k, s), (part.v, s)))
+    q, k, v = (_padded(x, n, by) for x, n, by in _placed(part, problem))
     rest = (lists, mask_operands(part, problem), call_of(part))
     return problem, (q, k, v, tuple(op.x for op in operands(part.score)), rest)
 
 
-def _whole(width: int) -> int:
-    return -(-width // 64) * 64
+def _placed(part: Part, problem: Any) -> list[tuple[Any, int, bool]]:
+    """q, k and v, their lengths in whole blocks, and whether heads come first."""
+    (t, s), by = problem.padded, problem.keys_by_head
+    return [(part.q, t, False), (part.k, s, by), (part.v, s, by)]
 
 
-def _padded(x: Any, length: int) -> Any:
-    """``[B, T, N, H]`` with zeros up to a length and to a whole width."""
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, _whole(x.shape[3]) - x.shape[3])))
+def _padded(x: Any, length: int, by_head: bool) -> Any:
+    """``[B, T, N, H]`` with zeros up to a length and to a whole width; ``[B, N, T, H]`` if heads come first."""
+    width = -(-x.shape[3] // 64) * 64
+    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, width - x.shape[3])))
+    return jnp.swapaxes(x, 1, 2) if by_head else x
