@@ -1,18 +1,78 @@
-"""Measuring: interleaved medians in one process, peak memory by the kernel's high-water mark, and what ran where."""
+"""What all benchmarks share: the command line, interleaved medians in one process, peak memory, and the file of results."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
+
 Call = Callable[[], Any]
+
+
+def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of ``attnzoo bench NAME``, with what every benchmark takes."""
+    parser = argparse.ArgumentParser(
+        prog=f"attnzoo bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=_folder,
+        default=str(RESULTS),  # a string, so that it is checked as one that was given
+        metavar="FOLDER",
+        help="folder for results, made if there is none (default benchmarks/results)",
+    )
+    return parser
+
+
+def _folder(name: str) -> Path:
+    """The folder of this name, which takes files: what cannot be written is to be known before it is measured."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no folder that can be written to ({error.strerror})") from error
+    return folder
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and as ``command`` the line that asked for them. argv: None takes those of the process."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    return argparse.Namespace(**vars(parser.parse_args(given)), command=shlex.join([*parser.prog.split(), *given]))
+
+
+def save(
+    name: str,
+    options: argparse.Namespace,
+    before: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    plot: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Writes NAME.json into the folder for results and says so.
+
+    before: `environment` as it was before measuring. plot: called with all that was written and the path of a PNG beside it.
+    """
+    document = {"command": options.command, "environment": before, **measured}
+    path = options.out / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}", flush=True)
+    if plot is not None:
+        plot(document, path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")
 
 
 def interleaved(cases: Mapping[str, Call], repeat: int) -> dict[str, dict[str, float]]:
@@ -54,7 +114,7 @@ def _status(field: str) -> int:
 def environment() -> dict[str, Any]:
     """Versions, cores and load: what one has to know to believe a number."""
     versions = {}
-    for package in ("jax", "jaxlib", "flax", "torch", "tokamax"):
+    for package in ("jax", "jaxlib", "flax", "optax", "grain", "torch", "tokamax"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -17,10 +17,9 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,9 @@ import numpy as np
 
 from attnzoo.core.attention import attention
 from attnzoo.core.masks import Causal, Prefix, SlidingWindow
-from benchmarks import accelerator
-from benchmarks._measure import environment, interleaved, peak_mib
+from benchmarks import _accelerator as accelerator
+from benchmarks._measure import arguments, environment, interleaved, parsed, peak_mib, save
 
-RESULTS = Path(__file__).parent / "results"
 WHATS = ("forward", "forward+backward")
 
 
@@ -209,11 +207,10 @@ def maps(options: argparse.Namespace) -> dict[str, Any]:
 SUITES = {"causal": causal, "window": window, "maps": maps, "accelerator": accelerator.accelerator}
 
 
-def _plot(suite: str, result: dict[str, Any], path: Path) -> None:
+def _plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    if suite == "maps":
-        return
+    suite = result["suite"]
     if suite == "accelerator":
         return accelerator.plot(result, path)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -240,33 +237,20 @@ def _plot(suite: str, result: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen suites; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="attnzoo bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments("attention", __doc__)
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--length", type=int, default=4096, help="tokens of the causal suite (default 4096)")
     parser.add_argument("--heads", type=int, default=8, help="heads (default 8)")
     parser.add_argument("--width", type=int, default=64, help="head width (default 64)")
     parser.add_argument("--repeat", type=int, default=7, help="turns of each case (default 7)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results (default benchmarks/results)")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parsed(parser, argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTorch needs memory too
     every = [name for name in SUITES if (name == "accelerator") == (jax.default_backend() != "cpu")]
     for suite in every if options.suite == "all" else [options.suite]:
-        where = environment()
-        result = SUITES[suite](options)
-        command = " ".join(["attnzoo bench attention", *(sys.argv[3:] if argv is None else argv)])
-        result = {"suite": suite, "command": command, "environment": where, **result}
-        path = options.out / f"attention_{suite}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        _plot(suite, result, path.with_suffix(".png"))
-        print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1))
-        print(f"wrote {path}")
+        before = environment()
+        result = {"suite": suite, **SUITES[suite](options)}
+        print(json.dumps(result, indent=1))
+        save(f"attention_{suite}", options, before, result, None if suite == "maps" else _plot)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,7 +8,6 @@ per corpus) and of serving (shuffled batches of windows, and of packed documents
 of the default model. Writes results/data.json.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._measure import environment
+from benchmarks._measure import arguments, environment, parsed, save
 from benchmarks.train_step import attnzoo_loop
 from train.config import Config, DataConfig
 from train.data.builders import topics
@@ -30,7 +29,6 @@ from train.data.tokenizer import BYTES
 from train.tasks import make_task
 from train.tasks.text import Text
 
-RESULTS = Path(__file__).parent / "results"
 TARGET = 10.0
 VOCABULARY = 4096
 
@@ -140,43 +138,26 @@ def model_speed(rounds: int, steps: int) -> float:
     return statistics.median(speeds)
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="attnzoo bench data",
-        description="How fast texts become batches, against how fast the default model consumes them.",
-        epilog="examples:\n  attnzoo bench data\n  attnzoo bench data --megabytes 1 --rounds 1 --out /tmp/data.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--megabytes", type=float, default=2.0, help="text in each file source (default: 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, of which the median counts (default: 3)")
-    parser.add_argument("--batches", type=int, default=500, help="batches per measurement of serving (default: 500)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "data.json", help="where the JSON goes")
-    args = parser.parse_args(argv)
-    where = environment()
-    speed = model_speed(args.rounds, 20)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table and write; returns the exit code."""
+    parser = arguments("data", __doc__)
+    parser.add_argument("--megabytes", type=float, default=2.0, help="text in each file source (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, of which the median counts (default 3)")
+    parser.add_argument("--batches", type=int, default=500, help="batches per measurement of serving (default 500)")
+    options = parsed(parser, argv)
+    before = environment()
+    speed = model_speed(options.rounds, 20)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        texts = documents(args.megabytes)
+        texts = documents(options.megabytes)
         tokenizers = write_tokenizers(texts[: len(topics())], Path(folder))
         for kind, source in write_sources(texts, Path(folder)).items():
             for name, tokenizer in tokenizers.items():
-                found = measure(source, tokenizer, args.rounds, args.batches)
+                found = measure(source, tokenizer, options.rounds, options.batches)
                 through = 1 / (1 / found["prepare"] + 1 / min(found["windows"], found["packed"]))
                 speeds = {f"{part}_tokens_per_second": round(value) for part, value in found.items()}
                 rows.append({"source": kind, "tokenizer": name, **speeds, "ratio": round(through / speed, 1)})
-    document = {
-        "command": "attnzoo bench data",
-        "model_tokens_per_second": round(speed),
-        "lowest_ratio": min(row["ratio"] for row in rows),
-        "target": TARGET,
-        "rows": rows,
-        "megabytes": args.megabytes,
-        "rounds": args.rounds,
-        "batches": args.batches,
-        "environment": where,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    lowest = min(row["ratio"] for row in rows)
     shown = Table(title=f"thousand tokens per second; the default model trains on {speed / 1000:.1f}")
     for column in ("source", "tokenizer", "prepare", "windows", "packed", "ratio"):
         shown.add_column(column, justify="left" if column in ("source", "tokenizer") else "right")
@@ -184,5 +165,15 @@ def main(argv: Sequence[str]) -> int:
         speeds = [f"{row[f'{part}_tokens_per_second'] / 1000:,.0f}" for part in ("prepare", "windows", "packed")]
         shown.add_row(row["source"], row["tokenizer"], *speeds, f"{row['ratio']:.0f}x")
     Console().print(shown)
-    print(f"lowest ratio {document['lowest_ratio']:.1f} (target {TARGET:.0f}); wrote {args.out}")
+    print(f"lowest ratio {lowest:.1f} (target {TARGET:.0f})")
+    measured = {
+        "model_tokens_per_second": round(speed),
+        "lowest_ratio": lowest,
+        "target": TARGET,
+        "rows": rows,
+        "megabytes": options.megabytes,
+        "rounds": options.rounds,
+        "batches": options.batches,
+    }
+    save("data", options, before, measured)
     return 0

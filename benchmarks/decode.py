@@ -11,11 +11,9 @@ slots. Times are medians of cases that take turns; float32.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,8 @@ from attnzoo.nn.mixer import Mixer
 from attnzoo.nn.mla import MultiHeadLatentAttention
 from attnzoo.zoo.projections.tpa import TensorProductAttention
 from attnzoo.zoo.projections.transformer import GroupedQueryAttention
-from benchmarks._measure import environment, interleaved
+from benchmarks._measure import arguments, environment, interleaved, parsed, save
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = {"B": 2, "D": 1024, "N": 16, "K": 8, "H": 128, "r": 448, "P": 64, "R_q": 6, "R_k": 1, "R_v": 1}
 RATIO = 4
 """How much smaller the caches of the other two must be, at least."""
@@ -123,26 +120,14 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write JSON and plot; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="attnzoo bench decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments("decode", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536], help="slots (default 4k, 16k, 64k)")
     parser.add_argument("--repeat", type=int, default=15, help="turns of each case (default 15)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results (default benchmarks/results)")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    where = environment()
-    command = " ".join(["attnzoo bench decode", *(sys.argv[3:] if argv is None else argv)])
-    result = {"command": command, "environment": where, **measure(options.lengths, options.repeat)}
-    path = options.out / "decode.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    _plot(result, path.with_suffix(".png"))
-    print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1))
-    print(f"wrote {path}")
+    options = parsed(parser, argv)
+    before = environment()
+    result = measure(options.lengths, options.repeat)
+    print(json.dumps(result, indent=1))
+    save("decode", options, before, result, _plot)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

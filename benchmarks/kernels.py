@@ -18,14 +18,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._measure import environment
+from benchmarks._measure import RESULTS, arguments, environment, parsed, save
 from pallas_kernels import schedule
 
-RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "kernels.md"
 _MARKS = "<!-- attnzoo bench kernels: begin -->\n", "<!-- attnzoo bench kernels: end -->\n"
 
@@ -130,18 +129,15 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print and write; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="attnzoo bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments("kernels", __doc__)
     parser.add_argument("--generations", default="v4,v5e,v5p,v6e,7x", help="comma-separated, of v4, v5e, v5p, v6e, 7x")
     parser.add_argument("--block-q", type=int, default=512, help="queries of a tile (default 512)")
     parser.add_argument("--block-k", type=int, default=512, help="keys of a tile (default 512)")
     parser.add_argument("--width", type=int, default=128, help="head width (default 128)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results (default benchmarks/results)")
     parser.add_argument("--one", nargs=3, metavar=("GENERATION", "PROBLEM", "FOLDER"), help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    options = parsed(parser, argv)
     if options.one:
         generation, name, folder = options.one
         print(json.dumps(compile_one(generation, name, Path(folder), options)))
@@ -153,23 +149,22 @@ def main(argv: list[str] | None = None) -> int:
             schedule.check(generation)
     except (ValueError, ImportError) as e:
         parser.error(str(e))
+    before = environment()
     for generation in generations:
         for name in problems(options):
             for found in compile_apart(generation, name, options):
                 rows.append({"generation": generation, "problem": name, "pass": role(found["kernel"]), **found})
                 print(f"{generation}  {name}  {rows[-1]['pass']}: {found['hot']} bundles", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
     sizes = {"block_q": options.block_q, "block_k": options.block_k, "width": options.width, "dtype": "bfloat16"}
-    result = {"environment": environment(), "sizes": sizes, "rows": rows}
-    (options.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(rows, options)
-    print(f"\n{text}\nwrote {options.out / 'kernels.json'}")
+    print(f"\n{text}")
+    save("kernels", options, before, {"sizes": sizes, "rows": rows})
     if options.out == RESULTS:
-        before, rest = PAGE.read_text().split(_MARKS[0])
-        PAGE.write_text(before + _MARKS[0] + text + _MARKS[1] + rest.split(_MARKS[1])[1])
+        start, rest = PAGE.read_text().split(_MARKS[0])
+        PAGE.write_text(start + _MARKS[0] + text + _MARKS[1] + rest.split(_MARKS[1])[1])
         print(f"and the table in {PAGE}")
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # as `compile_apart` calls it
     raise SystemExit(main())

@@ -12,20 +12,16 @@ wait for the one with the most.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._measure import environment
+from benchmarks._measure import arguments, environment, parsed, save
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = {"B": 1, "N": 8, "K": 8, "H": 64}
 BLOCK = 256
 WINDOW = 4096
@@ -149,34 +145,22 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compile, count, write JSON and plot; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="attnzoo bench ring", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments("ring", __doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536, 131072], help="default 32k, 64k, 128k")
     parser.add_argument("--devices", type=int, default=8, help="host devices (default 8)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results (default benchmarks/results)")
-    options = parser.parse_args(argv)
+    options = parsed(parser, argv)
     wrong = [n for n in options.tokens if n % (2 * options.devices)]
     if wrong or options.devices < 2:
         parser.error(
             f"--tokens: {wrong or options.tokens} must be multiples of 2 × --devices {options.devices}, at least 2 of these"
         )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
-    options.out.mkdir(parents=True, exist_ok=True)
-    where = environment()
-    command = " ".join(["attnzoo bench ring", *(sys.argv[3:] if argv is None else argv)])
-    result = {"command": command, "environment": where, **measure(options.tokens, options.devices)}
-    path = options.out / "ring.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    _plot(result, path.with_suffix(".png"))
+    before = environment()
+    result = measure(options.tokens, options.devices)
     for row in result["tiles"]:
         order = "zig-zag" if row["zigzag"] else "natural order"
         print(f"{row['mask']}, {order}: {row['per_device']}, {row['one_after_the_other']} one after the other")
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
+    save("ring", options, before, result, _plot)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,16 +7,10 @@ theirs costs: data to the device, dispatch, and metrics every ten steps. Rounds 
 process; reported are medians of the seconds per step, and their ratio. Writes results/train_step.json.
 """
 
-import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +19,13 @@ import optax
 from flax import nnx
 
 from attnzoo.models.lm import DecoderLM, LMConfig
+from benchmarks._measure import arguments, environment, parsed, save
 from train.config import Config
 from train.sharding import make_mesh
 from train.tasks import make_task
 from train.tasks.base import Batch
 from train.trainer import Trainer
 
-RESULTS = Path(__file__).parent / "results"
 TARGET = 1.05
 
 
@@ -119,40 +113,30 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, list[float]]:
     return seconds
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="attnzoo bench train_step",
-        description="The training step against a minimal hand-written loop of the same model.",
-        epilog="examples:\n  attnzoo bench train_step\n  attnzoo bench train_step --rounds 21 --out /tmp/train_step.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of each (default: 15)")
-    parser.add_argument("--steps", type=int, default=10, help="steps per round (default: 10)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json", help="where the JSON goes")
-    args = parser.parse_args(argv)
-    seconds = measure(Config(), args.rounds, args.steps)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, compare and write; returns the exit code."""
+    parser = arguments("train_step", __doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of each (default 15)")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round (default 10)")
+    options = parsed(parser, argv)
+    before = environment()
+    seconds = measure(Config(), options.rounds, options.steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = statistics.median(a / b for a, b in zip(seconds["attnzoo"], seconds["hand_written"], strict=True))
-    document = {
-        "command": "attnzoo bench train_step",
+    measured = {
         "median_seconds_per_step": medians,
         "ratio_of_medians": medians["attnzoo"] / medians["hand_written"],
         "median_of_ratios": ratio,
         "best_ratio": min(seconds["attnzoo"]) / min(seconds["hand_written"]),
         "target": TARGET,
-        "rounds": args.rounds,
-        "steps_per_round": args.steps,
+        "rounds": options.rounds,
+        "steps_per_round": options.steps,
         "seconds_per_step": seconds,
-        "load_average": os.getloadavg(),
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("jax", "flax", "optax")}},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(
         f"attnzoo {1000 * medians['attnzoo']:.1f} ms, hand-written {1000 * medians['hand_written']:.1f} ms per step; "
-        f"ratio {document['ratio_of_medians']:.3f} (median of rounds {ratio:.3f}, best of each "
-        f"{document['best_ratio']:.3f}; target {TARGET}); wrote {args.out}"
+        f"ratio {measured['ratio_of_medians']:.3f} (median of rounds {ratio:.3f}, best of each "
+        f"{measured['best_ratio']:.3f}; target {TARGET})"
     )
+    save("train_step", options, before, measured)
     return 0

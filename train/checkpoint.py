@@ -117,8 +117,9 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState, shardings: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The state after `step`, bit for bit, on whatever mesh and processes wrote it; `data` is put where it was.
 
-        like: shapes and dtypes. Raises ValueError if the checkpoint is damaged or of another model.
+        like: shapes and dtypes. Raises ValueError if the checkpoint is damaged, of another model or of an older format.
         """
+        _check_format(self.folder / str(step))
         parts = [
             self._restore(step, item, part, places)
             for item, part, places in zip(("model", "optimizer"), _parts(like), _parts(shardings), strict=True)
@@ -174,6 +175,16 @@ def _quality(metrics: dict[str, float]) -> float:
     return metrics["quality"]
 
 
+def _check_format(folder: Path) -> None:
+    """Raises ValueError for a checkpoint with a position in the data for each process, as they once were."""
+    if any((folder / "data").glob("process_*-of-*.json")):
+        raise ValueError(
+            f"checkpoint {folder} is of an older format: it has a position in the data for each process, which this version "
+            "does not go on from. Its model is of use as it is, to `attnzoo generate` and `attnzoo export`; to train on, take "
+            "the version of attnzoo that began the run, or begin a new one"
+        )
+
+
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
     """Turns whatever Orbax raises over a damaged checkpoint into one paragraph."""
@@ -212,20 +223,19 @@ class _Loop(asyncio.SelectorEventLoop):
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
 
-class _Policy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return _Loop()
-
-
 @contextlib.contextmanager
 def _own_loops() -> Iterator[None]:
-    """Within it new event loops are ours, in every thread."""
-    before = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_Policy())
+    """Within it new event loops are ours, in every thread.
+
+    Orbax makes its loops by `asyncio.new_event_loop` and takes none from us; the policies of asyncio, which were the way to
+    change what that makes, end with Python 3.14.
+    """
+    before = asyncio.new_event_loop
+    asyncio.new_event_loop = asyncio.events.new_event_loop = _Loop
     try:
         yield
     finally:
-        asyncio.set_event_loop_policy(before)
+        asyncio.new_event_loop = asyncio.events.new_event_loop = before
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:

@@ -113,7 +113,7 @@ class _Run:
         self.folder, self.console = folder, console
         self.first, self.alone = processes.index() == 0, processes.count() == 1
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, Keep(config.checkpoint.keep, config.checkpoint.best))
-        self.data = iter(task.batches())
+        self.data = iter(task.batches(put=trainer.put))
         self.state, self.step = self._start()
         self.start = self.step
         self.metrics = Metrics(folder, keep=self.step) if self.first else NoMetrics()
@@ -141,8 +141,7 @@ class _Run:
             clock = time.monotonic()
             stopped = processes.anywhere(interrupted())
             while self.step < steps and not stopped:
-                batch = self.trainer.put(next(self.data))
-                self.state, metrics = self.trainer.train_step(self.state, batch)
+                self.state, metrics = self.trainer.train_step(self.state, next(self.data))
                 self.step += 1
                 self.pending.append((self.step, metrics))
                 at_end = self.step == steps

@@ -2,11 +2,16 @@
 
 import json
 import os
+import socket
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 
 class Metrics:
@@ -20,12 +25,11 @@ class Metrics:
         kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= keep]
         write_atomically(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=keep + 1)
+        self._events = Events(folder / "tensorboard", after=keep)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, values)
 
     def flush(self) -> None:
         self._file.flush()
@@ -34,6 +38,38 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+class Events:
+    """A file of TensorBoard's; to TensorBoard, what older files of the folder say about steps past `after` did not happen.
+
+    All values of a step are one event, encoded where it is written, and a flush hands them to the system. (tensorboardX's
+    SummaryWriter makes an event of each value, sends it through a pipe to a thread and waits for the disk at every flush:
+    milliseconds per step, all within the loop.)
+    """
+
+    def __init__(self, folder: Path, after: int):
+        folder.mkdir(exist_ok=True)
+        now = int(time.time())  # the name begins as TensorBoard wants it, and ends so that no two files are the same
+        self._file = (folder / f"events.out.tfevents.{now}.{socket.gethostname()}.{os.getpid()}.{after}").open("wb")
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=after + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        for part in (struct.pack("<Q", len(data)), data):
+            self._file.write(part + struct.pack("<I", masked_crc32c(part)))
 
 
 class NoMetrics(Metrics):

@@ -108,6 +108,16 @@ def test_a_truncated_checkpoint_leaves_no_errors_behind(finished, tmp_path):
     assert said == [f"attnzoo: checkpoint {run / CHECKPOINTS / '10'}" for run in runs]
 
 
+def test_a_checkpoint_of_an_older_format(copied, refused, attnzoo):
+    """Where each process had a position in the data: it cannot be gone on from, but its model can be used."""
+    data = copied / CHECKPOINTS / "10" / "data"
+    (data / "metadata").unlink()
+    (data / "process_0-of-1.json").write_text('{"next_index": 10}')
+    refused(copied, "10 is of an older format", "train", "--resume", str(copied))
+    code, _, err = attnzoo("generate", "--checkpoint", str(copied), "--prompt", "a", "--max-new", "2")
+    assert code == 0, err
+
+
 def test_a_truncated_description(copied, refused):
     path = copied / "config.json"
     path.write_text(path.read_text()[:50])

@@ -1,9 +1,13 @@
 """The loop around the step: when it waits for the device, and what it writes down."""
 
+import json
+import threading
+
 import jax
 
 import train.loop
 from train.metrics import read_metrics
+from train.rundir import CHECKPOINTS
 from train.trainer import Trainer
 
 
@@ -79,8 +83,27 @@ def test_auxiliary_losses_are_added_and_logged(tiny, replaced, tmp_path):
 def test_the_benchmark_of_the_loop_sees_every_step(tiny):
     from benchmarks.loop import measure
 
-    steps, gaps = measure(tiny)
-    assert len(steps) == tiny.steps - tiny.log_every
-    assert len(gaps) == len(steps) - 1
-    assert min(steps) > 0 and min(gaps) > 0
+    found = measure(tiny)
+    assert len(found.steps) == tiny.steps - tiny.log_every
+    assert len(found.gaps) == len(found.busy) == len(found.steps) - 1
+    assert len(found.alone) == tiny.steps // 2
+    assert min(found.steps + found.gaps + found.busy + found.alone) > 0
     assert train.loop.Trainer is Trainer
+
+
+def test_batches_come_to_the_device_while_the_step_runs(tiny, replaced, tmp_path, monkeypatch):
+    """The thread that runs the steps finds them there; and a checkpoint knows which of them were not used yet."""
+    put, threads, made = Trainer.put, set(), []
+
+    def watched(self, batch):
+        threads.add(threading.current_thread())
+        made.append(put(self, batch))
+        return made[-1]
+
+    monkeypatch.setattr(Trainer, "put", watched)
+    train.loop.train(replaced(tiny, {"steps": 6, "checkpoint.every": 3}), tmp_path / "run")
+    assert threads and threading.current_thread() not in threads
+    assert len(made) > 6
+    for step in (3, 6):
+        stored = json.loads((tmp_path / "run" / CHECKPOINTS / str(step) / "data" / "metadata").read_text())
+        assert stored["next_index"] == step

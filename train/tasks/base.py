@@ -1,7 +1,7 @@
 """The protocol of a task: data, model, loss, metrics and baselines. The loop knows nothing else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import grain
@@ -145,10 +145,16 @@ class Task(ABC):
         order = grain.MapDataset.range(len(examples)).seed(self.config.seed).shuffle().repeat().batch(batch)
         return order.map(lambda indices: examples.rows(indices[part]))
 
-    def batches(self, process_index: int = 0, process_count: int = 1) -> grain.IterDataset:
-        """`step_batches` in order; an iterator over it can be saved and restored."""
+    def batches(
+        self, process_index: int = 0, process_count: int = 1, put: Callable[[Batch], Any] | None = None
+    ) -> grain.IterDataset:
+        """`step_batches` in order, each made ahead by a thread; an iterator over it can be saved and restored.
+
+        put: what the thread does with a batch, so that it comes as what this returns; `Trainer.put` brings it to the devices.
+        """
+        batches = self.step_batches(process_index, process_count)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return self.step_batches(process_index, process_count).to_iter_dataset(options)
+        return (batches if put is None else batches.map(put)).to_iter_dataset(options)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Every validation example once; the last batch is filled up with rows of weight 0."""
