@@ -173,9 +173,9 @@ def plan_table() -> str:
         lines += [f"| … with `{t['change']}` | | {' | '.join(_planned(made, t['plan']))} |" for t in found]
     lines += [
         "",
-        f"Per device and step, by `python -m train.plan.recorded` ({versions}); every file in `benchmarks/results/plan` holds its "
-        "command. B: parameters in billions. FLOPs as compiled. Peak, at most: the share of it that the model's own FLOPs reach in that "
-        "time. Written by `python docs/generate.py`.",
+        f"Per device and step, by `python -m train.plan.recorded` ({versions}); every file in `benchmarks/results/plan` holds "
+        "its command. B: parameters in billions. FLOPs as compiled. Peak, at most: the share of it that the model's own FLOPs "
+        "reach in that time. Written by `python docs/generate.py`.",
     ]
     return "\n".join(lines) + "\n\n"
 

@@ -111,9 +111,14 @@ def test_the_roofline_is_the_longest_part():
 
 def test_out_of_memory_is_read_and_nothing_else():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.16G of 15.75G hbm. Exceeded ..."
-    assert out_of_memory(RuntimeError(text)) == (int(26.16 * 2**30), int(15.75 * 2**30))
+    assert out_of_memory(RuntimeError(text), GIB) == (int(26.16 * GIB), int(15.75 * GIB))
+    text = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.00T) exceeds available "
+        "HBM (95.74G)."
+    )
+    assert out_of_memory(RuntimeError(text), GIB) == (2049 * GIB, int(95.74 * GIB))
     with pytest.raises(RuntimeError, match="other"):
-        out_of_memory(RuntimeError("other"))
+        out_of_memory(RuntimeError("other"), GIB)
 
 
 MIB = 2**20

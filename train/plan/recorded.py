@@ -31,9 +31,9 @@ PLANS = {
     "vit-l": "--config vit-l --topology v6e:8x8",
     "llm-1b": f"{_1B} {_GROUPED}",
     # As many parameters as with four heads of keys for sixteen of queries, within one percent, by the feed-forward width.
-    "llm-1b-transmla": f"{_1B} --mixer transmla --model.mlp-dim 0",
-    "llm-1b-tpa": f"{_1B} --mixer tpa --model.mlp-dim 0",
-    "llm-1b-cca": f"{_1B} --mixer cca --model.mlp-dim 0",
+    "llm-1b-transmla": f"{_1B} --mixer transmla --model.mlp-dim 5120",
+    "llm-1b-tpa": f"{_1B} --mixer tpa --model.mlp-dim 6144",
+    "llm-1b-cca": f"{_1B} --mixer cca --model.mlp-dim 5888",
     # As many tokens a step, in sequences of 64k that eight chips share.
     "llm-1b-64k": f"{_1B} {_GROUPED} --mesh fsdp=8,context=8 --data.context 65536 --batch 16 --model.remat full",
     "llm-1b-v5e-4x4": f"--config llm-1b --topology v5e:4x4 {_GROUPED}",

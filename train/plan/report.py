@@ -119,7 +119,8 @@ class Report:
         _say(
             console,
             f"a step takes at least {1e3 * roof.seconds:.1f} ms, limited by {roof.limiter or 'what is known'}: "
-            f"compute {compute}, memory {1e3 * roof.memory:.1f} ({(plan.traffic or 0) / GIB:.1f} GiB), network {1e3 * roof.network:.1f} ms",
+            f"compute {compute}, memory {1e3 * roof.memory:.1f} ({(plan.traffic or 0) / GIB:.1f} GiB), "
+            f"network {1e3 * roof.network:.1f} ms",
         )
         if model is not None:
             share = f"{100 * model / self.pod.per_device.flops / roof.seconds:.0f} % of the peak for the model's own FLOPs"
@@ -184,10 +185,8 @@ def _show_search(console: Console, search: Search, plan: Planned) -> None:
         console.print(table)
     if estimated:
         best = min(estimated, key=lambda t: t.least)
-        _say(
-            console,
-            f"{len(estimated)} others were not compiled: by estimate they need {best.least / GIB:.2f} GiB ({best.change}) or more",
-        )
+        least = f"{best.least / GIB:.2f} GiB ({best.change})"
+        _say(console, f"{len(estimated)} others were not compiled: by estimate they need {least} or more")
     if search.found is None:
         left = f"{search.left} further candidates were not tried (--tries, --minutes)"
         said = left if search.left else "there are no further candidates"
