@@ -112,7 +112,7 @@ def compile_step(prepared: Prepared, pod: Slice) -> Planned:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed, usable = out_of_memory(error, prepared.state.total)
+        needed, usable = out_of_memory(error)
         return Planned(
             **made, fits=False, needed=needed, usable=usable, flops=flops, memory=None, collectives=(), traffic=None,
             kernels={}, loops_of_unknown_length=0, roofline=None, seconds=time.monotonic() - began,
@@ -127,7 +127,7 @@ def compile_step(prepared: Prepared, pod: Slice) -> Planned:
         **made,
         fits=True,
         needed=memory.total,
-        usable=int(pod.per_device.hbm),
+        usable=int(pod.per_device.usable),
         flops=flops,
         memory=memory,
         collectives=tuple(collectives),
@@ -157,16 +157,13 @@ def _in_words(choice: Any) -> str:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
-def out_of_memory(error: Exception, given: int) -> tuple[int, int]:
-    """(needed, usable) bytes of a device's memory, from the compiler's refusal. Raises the error if it is another one.
-
-    given: bytes of a step's arguments, which the refusal leaves out where temporaries alone are too large.
-    """
-    text = str(error)
-    whole = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
-    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", text)
-    found = whole or temporaries
+def out_of_memory(error: Exception) -> tuple[int, int]:
+    """(needed, usable) bytes of a device's memory, from the compiler's refusal. Raises the error if it is another one."""
+    # The second is said before there is a program; its temporaries are arguments and results too.
+    size = r"([\d.]+)([KMGT]?)"
+    forms = (rf"Used {size} of {size} hbm", rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)")
+    found = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
     if found is None:
         raise error
     needed, a, usable, b = found.groups()
-    return int(float(needed) * _UNITS[a]) + (0 if whole else given), int(float(usable) * _UNITS[b])
+    return int(float(needed) * _UNITS[a]), int(float(usable) * _UNITS[b])
