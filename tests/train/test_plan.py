@@ -65,6 +65,24 @@ def test_without_the_compiler_the_extra_is_named(attnzoo, monkeypatch):
     assert "pip install 'attnzoo[train,tpu]'" in err
 
 
+def test_a_slice_that_the_compiler_does_not_describe_gets_those_that_it_does(attnzoo, monkeypatch):
+    """An older compiler knows fewer generations than we do."""
+    from jax.experimental import topologies
+
+    def describe(platform, topology_name, **options):
+        if not topology_name.startswith("v5e:"):
+            raise RuntimeError(f"Invalid TPU external name: {topology_name}")
+        return SimpleNamespace(devices=jax.devices())
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: "libtpu" if name == "libtpu" else find(name, *rest))
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    code, _, err = attnzoo("plan", "--config", "llm-100m", "--topology", "tpu7x:2x2x1")
+    assert code == 2
+    assert "does not describe 'tpu7x:2x2x1': Invalid TPU external name: tpu7x:2x2x1. Known to it: v5e:2x2, v5e:2x4," in err
+    assert "v6e" not in err
+
+
 def test_every_topology_has_a_size():
     assert device_count("v5e:16x16") == 256
     assert device_count("v5p:8x8x8") == 512

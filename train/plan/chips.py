@@ -99,14 +99,28 @@ def described(topology: str) -> Slice:
         raise ValueError(
             "plan needs the TPU compiler, which is not installed: pip install 'attnzoo[train,tpu]' (no TPU needed)"
         )
+    try:
+        return Slice(topology, chip, _devices(topology))
+    except Exception as error:  # whatever the compiler's own library raises
+        listed = ", ".join(filter(_is_described, TOPOLOGIES)) or "none"
+        raise ValueError(
+            f"--topology: the installed TPU compiler does not describe {topology!r}: {error}. Known to it: {listed}"
+        ) from error
+
+
+def _devices(topology: str) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
+    chip = check_topology(topology)
     options = {} if chip.cores is None else {"chip_config_name": chip.cores}
+    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+
+
+def _is_described(topology: str) -> bool:
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception as error:  # whatever the compiler's own library raises
-        raise ValueError(f"--topology: the installed TPU compiler does not describe {topology!r}: {error}") from error
-    return Slice(topology, chip, tuple(devices))
+        return bool(_devices(topology))
+    except Exception:
+        return False
 
 
 def without_tpus() -> None:
