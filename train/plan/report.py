@@ -230,7 +230,7 @@ def plot_memory(path: Path, bars: Sequence[Bar], *, title: str) -> None:
     axes.axvline(100, color="black", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.set_xlabel("% of a device's memory")
     axes.set_title(title, fontsize=10, loc="left")
     figure.legend(fontsize=7, ncols=4, loc="outside lower center")
