@@ -104,8 +104,9 @@ def compile_step(prepared: Prepared, pod: Slice) -> Planned:
         lowered = traced.lower(lowering_platforms=("tpu",))
     attention = tuple(dict.fromkeys(_in_words(choice) for choice in choices))
     missing = operations.uncounted(traced.jaxpr)
-    known = (3 * operations.flops(loss) / devices, operations.flops(traced.jaxpr) / devices)
-    flops = Flops(*((None, None) if missing else known), None, None, missing)
+    known = None if missing else (3 * operations.flops(loss) / devices, operations.flops(traced.jaxpr) / devices)
+    model, as_traced = known or (None, None)
+    flops = Flops(model, as_traced, None, None, missing)
     made: dict[str, Any] = {
         "config": prepared.config, "parameters": trainer.parameters, "state": prepared.state, "attention": attention,
     }  # fmt: skip
