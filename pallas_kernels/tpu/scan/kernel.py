@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.interpreters import partial_eval
 
 from pallas_kernels import operations
 from pallas_kernels.tpu.launch import launch
@@ -79,7 +80,9 @@ def _cost(p: _Blocks, x: Tokens, work: Callable[..., Any], moved: Sequence[Any],
         return jax.ShapeDtypeStruct((u.shape[-2] if u.ndim == 4 else p.form.chunk, u.shape[-1]), u.dtype)
 
     state = jax.ShapeDtypeStruct((p.width, p.depth), jnp.float32)
-    jaxpr = jax.make_jaxpr(work)(state, jax.tree.map(of_a_chunk, x), *rest)
+    traced = jax.make_jaxpr(work)(state, jax.tree.map(of_a_chunk, x), *rest).jaxpr
+    # A derivative traces products that nothing needs, and no compiler keeps them.
+    jaxpr, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
     exponentials = sum(math.prod(e.outvars[0].aval.shape) for e in jaxpr.eqns if e.primitive.name == "exp")
     times = p.rows * p.chunks
     return pl.CostEstimate(
