@@ -83,7 +83,8 @@ def _cost(p: _Blocks, x: Tokens, work: Callable[..., Any], moved: Sequence[Any],
     traced = jax.make_jaxpr(work)(state, jax.tree.map(of_a_chunk, x), *rest).jaxpr
     # A derivative traces products that nothing needs, and no compiler keeps them.
     jaxpr, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-    exponentials = sum(math.prod(e.outvars[0].aval.shape) for e in jaxpr.eqns if e.primitive.name == "exp")
+    eqns: Any = jaxpr.eqns  # shapes are not attributes of every abstract value
+    exponentials = sum(math.prod(e.outvars[0].aval.shape) for e in eqns if e.primitive.name == "exp")
     times = p.rows * p.chunks
     return pl.CostEstimate(
         flops=times * operations.flops(jaxpr),
