@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 from attnzoo import catalog
+from train.plan.recorded import RESULTS as PLANS
+from train.plan.recorded import recorded
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "catalog.md"
@@ -16,7 +18,6 @@ BOARD = ROOT / "benchmarks" / "results" / "language" / "leaderboard.json"
 README = ROOT / "README.md"
 MEASURED = ROOT / "benchmarks" / "results" / "attention_causal.json"
 PLAN_PAGE = ROOT / "docs" / "guide" / "planning.md"
-PLANS = ROOT / "benchmarks" / "results" / "plan"
 START, END = "<!-- measured: written by docs/generate.py -->\n", "<!-- end of measured -->\n"
 PLANS_START, PLANS_END = "<!-- plans: written by docs/generate.py -->\n", "<!-- end of plans -->\n"
 
@@ -150,55 +151,56 @@ def planning() -> str:
     """The page on planning with its table renewed; the rest is kept."""
     before, _, rest = PLAN_PAGE.read_text(encoding="utf-8").partition(PLANS_START)
     _, _, after = rest.partition(PLANS_END)
-    return before + PLANS_START + plans() + PLANS_END + after
+    return before + PLANS_START + plan_table() + PLANS_END + after
 
 
-def plans() -> str:
-    """The recorded plans, one per line, or how to record them."""
-    recorded = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PLANS.glob("*/plan.json"))]
-    if not recorded:
-        return "\nNone is recorded; `attnzoo plan ... --out benchmarks/results/plan/NAME` records one.\n\n"
-    versions = ", ".join(f"{name} {value}" for name, value in recorded[0]["versions"].items() if name != "python")
+def plan_table() -> str:
+    """The recorded plans, one per line and one more for the nearest that fits, or how to record them."""
+    plans = list(recorded(PLANS).values())
+    if not plans:
+        return "\nNone is recorded; `python -m train.plan.recorded` records them.\n\n"
+    versions = ", ".join(f"{name} {value}" for name, value in plans[0]["versions"].items() if name != "python")
     lines = [
         "",
-        "| pod | config | mixer | attention | mesh | batch, remat | GiB per device | FLOPs | received, GiB | "
-        "ms per step, at least | limited by | peak, at most |",
-        "|---|---|---|---|---|---|--:|--:|--:|--:|---|--:|",
+        "| model | pod | mesh | batch, remat | attention | GiB per device | TFLOPs | received, GiB | ms per step, at least | "
+        "limited by | peak, at most |",
+        "|---|---|---|---|---|--:|--:|--:|--:|---|--:|",
     ]
-    for made in recorded:
-        asked, found = made["plan"], (made["search"] or {}).get("found")
-        tries = (made["search"] or {"tries": []})["tries"]
-        best = next((t["plan"] for t in tries if found and t["change"] == found), asked)
-        lines.append(f"| {' | '.join(_planned(made, best))} |")
-        if best is not asked:
-            needed = f"{asked['needed'] / 2**30:.1f} of {asked['usable'] / 2**30:.1f} GiB"
-            lines[-1] = lines[-1].replace(f"`{made['preset']}`", f"`{made['preset']}` as asked {needed}; fits with `{found}`")
+    for made in plans:
+        asked, search = made["plan"], made["search"]
+        what = f"`{made['preset']}`, `{asked['config']['mixer']}`, {asked['parameters'] / 1e9:.3g} B"
+        lines.append(f"| {' | '.join([what, made['topology'], *_planned(made, asked)])} |")
+        found = [] if search is None else [t for t in search["tries"] if t["change"] == search["found"]]
+        lines += [f"| … with `{t['change']}` | | {' | '.join(_planned(made, t['plan']))} |" for t in found]
     lines += [
         "",
-        f"Per device and step, by `attnzoo plan` ({versions}). FLOPs as compiled. Peak, at most: the share of it that the "
-        "model's own FLOPs reach in that time. Written by `python docs/generate.py` from `benchmarks/results/plan`, where each "
-        "file holds its command.",
+        f"Per device and step, by `python -m train.plan.recorded` ({versions}); every file in `benchmarks/results/plan` holds "
+        "its command. B: parameters in billions. FLOPs as compiled. Peak, at most: the share of it that the model's own FLOPs "
+        "reach in that time. Written by `python docs/generate.py`.",
     ]
     return "\n".join(lines) + "\n\n"
 
 
 def _planned(made: dict, plan: dict) -> list[str]:
-    """The cells of one plan."""
+    """The cells of one plan, from the mesh on."""
     config, roof = plan["config"], plan["roofline"]
-    mesh = ", ".join(f"{axis} {size}" for axis, size in config["mesh"].items() if size > 1)
-    kinds = [words.split(" ")[0] for words in plan["attention"]]
-    cells = [
-        made["topology"], f"`{made['preset']}`", f"`{config['mixer']}`", ", ".join(dict.fromkeys(kinds)), mesh,
-        f"{config['batch']}, {config['model']['remat']}", f"{plan['needed'] / 2**30:.2f} of {plan['usable'] / 2**30:.0f}",
-    ]  # fmt: skip
+    mesh = ", ".join(f"{axis} {size}" for axis, size in config["mesh"].items() if axis != "exchange" and size > 1)
+    tokens = made["units_per_step"] // made["plan"]["config"]["batch"]  # of an example; an image is one unit
+    batch = f"{config['batch']}" + f" × {tokens:,}" * (tokens > 1)
+    if config["accumulate"] > 1:
+        batch += f" in {config['accumulate']} parts"
+    kinds = dict.fromkeys(words.split(" ")[0] for words in plan["attention"])
+    used = f"{plan['needed'] / 2**30:.1f} of {plan['usable'] / 2**30:.4g}"
+    cells = [mesh, f"{batch}, {config['model']['remat']}", ", ".join(kinds), used]
     if roof is None:
-        return [*cells, "", "", "does not fit", "", ""]
+        return [*cells, "", "", "", "does not fit", ""]
+    received = f"{sum(c['received'] for c in plan['collectives']) / 2**30:.1f}"
+    least = f"{1000 * roof['seconds']:.0f}"
+    if plan["flops"]["missing"]:
+        return [*cells, "not known", received, least, "not known", "not known"]
     peak = made["chip"]["flops"] / made["chip"]["devices"]
-    received = sum(c["received"] for c in plan["collectives"]) / 2**30
     share = f"{plan['flops']['model'] / peak / roof['seconds']:.0%}"
-    return [
-        *cells, f"{plan['flops']['compiled']:.2g}", f"{received:.1f}", f"{1000 * roof['seconds']:.0f}", roof["limiter"], share,
-    ]  # fmt: skip
+    return [*cells, f"{plan['flops']['compiled'] / 1e12:.3g}", received, least, roof["limiter"], share]
 
 
 if __name__ == "__main__":

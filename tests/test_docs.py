@@ -79,6 +79,41 @@ def test_a_leaderboard_becomes_a_table(generate, tmp_path, monkeypatch):
     assert "in 20 minutes on 2 CPU cores" in page
 
 
+def test_plans_become_a_table(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "PLANS", tmp_path)
+    assert "train.plan.recorded" in generate.plan_table()
+    config = {
+        "mixer": "tpa", "batch": 64, "accumulate": 1, "model": {"remat": "dots"},
+        "mesh": {"data": 1, "fsdp": 4, "tensor": 2, "context": 1, "exchange": "ring"},
+    }  # fmt: skip
+    asked = {
+        "config": config, "parameters": 1_234_000_000, "attention": ["pallas (the first)"], "needed": 20 * 2**30,
+        "usable": 16 * 2**30, "roofline": None, "flops": {"missing": []}, "collectives": [],
+    }  # fmt: skip
+    fits = {
+        **asked, "config": {**config, "accumulate": 4}, "needed": 12 * 2**30, "collectives": [{"received": 2**30}] * 2,
+        "flops": {"missing": [], "model": 1e14, "compiled": 2e14}, "roofline": {"seconds": 2.0, "limiter": "network"},
+    }  # fmt: skip
+    made = {
+        "preset": "llm-1b", "topology": "v5e:2x4", "units_per_step": 64 * 2048, "chip": {"flops": 2e14, "devices": 1},
+        "versions": {"python": "3.11", "jax": "0.10.2"}, "plan": asked,
+        "search": {
+            "found": "--accumulate 4",
+            "tries": [{"change": "--model.remat full", "plan": None}, {"change": "--accumulate 4", "plan": fits}],
+        },
+    }  # fmt: skip
+    (tmp_path / "llm-1b.json").write_text(json.dumps(made))
+    page = generate.plan_table()
+    start = "| `llm-1b`, `tpa`, 1.23 B | v5e:2x4 | fsdp 4, tensor 2 | 64 × 2,048, dots | pallas |"
+    assert f"{start} 20.0 of 16 |  |  |  | does not fit |  |" in page
+    assert "| … with `--accumulate 4` | | fsdp 4, tensor 2 | 64 × 2,048 in 4 parts, dots | pallas | 12.0 of 16 |" in page
+    assert "| 200 | 2.0 | 2000 | network | 25% |" in page
+    assert "jax 0.10.2" in page
+    silent = {**fits, "flops": {"missing": ["the kernel scan"], "model": None, "compiled": None}}
+    (tmp_path / "llm-1b.json").write_text(json.dumps({**made, "plan": silent, "search": None, "units_per_step": 64}))
+    assert f"{start.replace(' × 2,048', '').replace('64,', '64 in 4 parts,')} 12.0 of 16 | not known |" in generate.plan_table()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_files_resolve(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):

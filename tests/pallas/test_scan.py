@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attnzoo.core.recurrence import linear_recurrence
+from pallas_kernels import operations
 from pallas_kernels.tpu.launch import compiling_for, simulation
 from pallas_kernels.tpu.scan.products import inverse, sums
 from tests.core import recurrence_oracle as oracle
@@ -46,6 +47,22 @@ def test_values_states_and_all_gradients_of_the_other_forms(decay, erases, rng):
 @pytest.mark.parametrize(("decay", "erases"), [("head", "shared"), ("channel", "own")])
 def test_the_chunk_of_64(decay, erases, rng):
     agrees(oracle.draw(rng, decay, erases, batch=3, length=70, heads=1), rng, 64)
+
+
+@pytest.mark.parametrize(("decay", "erases"), SOME)
+def test_kernels_cost_what_the_plain_form_does(decay, erases, rng):
+    """Both multiply the same matrices, and the derivative recomputes each chunk."""
+    x = oracle.draw(rng, decay, erases, length=48)
+
+    def operations_of(backend, backward):
+        def out(x):
+            return linear_recurrence(**x, chunk_size=16, backend=backend)[0].sum()
+
+        with compiling_for("v5e"):
+            return operations.flops(jax.make_jaxpr(jax.grad(out) if backward else out)(x))
+
+    assert operations_of("tpu", False) == operations_of("xla", False) > 0
+    assert operations_of("tpu", True) == pytest.approx(operations_of("xla", True), rel=0.05)
 
 
 @pytest.mark.slow
@@ -105,6 +122,7 @@ import sys, jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from attnzoo.core.recurrence import linear_recurrence
+from pallas_kernels import operations
 from pallas_kernels.tpu.launch import compiling_for
 
 generation, dtype, decay, erases, size = sys.argv[1:]

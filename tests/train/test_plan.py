@@ -14,12 +14,11 @@ import jax
 import pytest
 
 from train.config import MeshConfig
-from train.plan import search
-from train.plan.chips import CHIPS, TOPOLOGIES, Slice, device_count
+from train.plan.chips import CHIPS, GIB, TOPOLOGIES, Slice, device_count
 from train.plan.command import parse_plan
 from train.plan.compile import out_of_memory, prepare
 from train.plan.roofline import roofline
-from train.plan.search import nearest_that_fits
+from train.plan.search import Fixed, Limits, describe, nearest_that_fits
 from train.plan.tasks import Sizes
 from train.presets import PRESETS, preset
 
@@ -66,6 +65,24 @@ def test_without_the_compiler_the_extra_is_named(attnzoo, monkeypatch):
     assert "pip install 'attnzoo[train,tpu]'" in err
 
 
+def test_a_slice_that_the_compiler_does_not_describe_gets_those_that_it_does(attnzoo, monkeypatch):
+    """An older compiler knows fewer generations than we do."""
+    from jax.experimental import topologies
+
+    def describe(platform, topology_name, **options):
+        if not topology_name.startswith("v5e:"):
+            raise RuntimeError(f"Invalid TPU external name: {topology_name}")
+        return SimpleNamespace(devices=jax.devices())
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: "libtpu" if name == "libtpu" else find(name, *rest))
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    code, _, err = attnzoo("plan", "--config", "llm-100m", "--topology", "tpu7x:2x2x1")
+    assert code == 2
+    assert "does not describe 'tpu7x:2x2x1': Invalid TPU external name: tpu7x:2x2x1. Known to it: v5e:2x2, v5e:2x4," in err
+    assert "v6e" not in err
+
+
 def test_every_topology_has_a_size():
     assert device_count("v5e:16x16") == 256
     assert device_count("v5p:8x8x8") == 512
@@ -106,32 +123,41 @@ def test_the_roofline_is_the_longest_part():
     found = roofline(chip, flops=197e12, traffic=819e9 / 2, received=200e9 * 2)
     assert (found.compute, found.memory, found.network) == (1.0, 0.5, 2.0)
     assert (found.limiter, found.seconds) == ("network", 2.0)
+    unknown = roofline(chip, flops=None, traffic=819e9 / 2, received=200e9 * 2)
+    assert (unknown.compute, unknown.limiter, unknown.seconds) == (None, None, 2.0)
 
 
 def test_out_of_memory_is_read_and_nothing_else():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.16G of 15.75G hbm. Exceeded ..."
-    assert out_of_memory(RuntimeError(text)) == (int(26.16 * 2**30), int(15.75 * 2**30))
+    assert out_of_memory(RuntimeError(text)) == (int(26.16 * GIB), int(15.75 * GIB))
+    text = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.00T) exceeds available "
+        "HBM (95.74G)."
+    )
+    assert out_of_memory(RuntimeError(text)) == (2048 * GIB, int(95.74 * GIB))
     with pytest.raises(RuntimeError, match="other"):
         out_of_memory(RuntimeError("other"))
 
 
+MIB = 2**20
+
+
 @pytest.fixture
-def searched(monkeypatch):
+def searched():
     """Searches with a compiler that is a function of the configuration: bytes per device."""
 
-    def run(needed, usable, start, most=10):
+    def run(needed, usable, start, most=10, minutes=1.0):
         pod = eight()
         compiled = []
 
-        def compile_step(prepared, pod):
-            compiled.append(prepared.config)
-            bytes_ = needed(prepared.config)
+        def attempt(config, change):
+            compiled.append(config)
+            bytes_ = needed(config)
             return SimpleNamespace(fits=bytes_ <= usable, needed=bytes_, usable=usable)
 
-        monkeypatch.setattr(search, "compile_step", compile_step)
         prepared = prepare(start, Sizes(vocab_size=64), pod)
-        plan = SimpleNamespace(usable=usable)
-        return nearest_that_fits(prepared, plan, Sizes(vocab_size=64), pod, most, lambda said: None), compiled
+        plan = SimpleNamespace(needed=needed(start), usable=usable)
+        return nearest_that_fits(prepared, plan, pod, Limits(most, minutes), attempt), compiled
 
     return run
 
@@ -141,23 +167,51 @@ def small(tiny, replaced):
     return replaced(tiny, {"mesh": MeshConfig(fsdp=4, tensor=2), "batch": 16, "model.dim": 32, "model.num_heads": 4})
 
 
+def rows(config):
+    """Examples that a device works on at once."""
+    return config.batch // (config.mesh.data * config.mesh.fsdp * config.accumulate)
+
+
 def test_the_nearest_that_fits_recomputes_first(searched, small):
-    by_remat = {"none": 100 << 20, "dots": 60 << 20, "full": 40 << 20}
-    found, compiled = searched(lambda config: by_remat[config.model.remat], 64 << 20, small)
+    by_remat = {"none": 100 * MIB, "dots": 60 * MIB, "full": 40 * MIB}
+    found, compiled = searched(lambda config: by_remat[config.model.remat], 64 * MIB, small)
     assert found.found.change == "--model.remat dots"
     assert [config.model.remat for config in compiled] == ["dots"]
 
 
-def test_then_divides_otherwise_then_halves_the_batch(searched, small):
-    def needed(config):
-        return (64 << 20) * config.batch // 16 * 2 // config.mesh.tensor
-
-    found, compiled = searched(needed, 40 << 20, small)
+def test_then_takes_the_batch_in_parts_then_divides_otherwise(searched, small):
+    small = replace(small, model=replace(small.model, remat="full"))
+    found, _ = searched(lambda config: 16 * MIB * rows(config), 40 * MIB, small)
+    assert found.found.change == "--accumulate 2"
+    found, _ = searched(lambda config: 128 * MIB // config.mesh.tensor, 40 * MIB, small)
     assert found.found.change == "--mesh fsdp=2,tensor=4"
-    # Full recomputation was compiled first; what is weaker on the same mesh was not compiled after it had failed.
-    assert len(compiled) == len({(c.model.remat, c.mesh, c.batch) for c in compiled})
-    found, _ = searched(lambda config: (64 << 20) * config.batch // 16, 40 << 20, small)
-    assert "--batch 8" in found.found.change
+
+
+def test_the_batch_is_halved_where_there_is_no_room_for_a_sum_of_gradients(searched, small):
+    small = replace(small, model=replace(small.model, remat="full"))
+    fixed = Fixed(prepare(small, Sizes(vocab_size=64), eight()), eight())
+    gradients = fixed.bytes(replace(small, accumulate=2)) - fixed.bytes(small)
+    assert gradients > 0
+
+    def needed(config):
+        return fixed.bytes(config) + gradients * config.batch // (8 * config.accumulate)
+
+    found, _ = searched(needed, fixed.bytes(small) + gradients + gradients // 5, small)
+    assert found.found.change == "--batch 8"
+
+
+def test_copies_of_the_model_are_divided(searched, small, replaced):
+    copied = replaced(small, {"mesh": MeshConfig(data=8), "batch": 8, "model.remat": "full"})
+    fixed = Fixed(prepare(copied, Sizes(vocab_size=64), eight()), eight())
+    found, _ = searched(fixed.bytes, int(0.7 * fixed.bytes(copied)), copied)
+    assert found.found.change == "--mesh data=4,fsdp=2"
+
+
+def test_a_change_of_the_mesh_is_a_whole_mesh(small, replaced):
+    """--mesh names all axes that divide, or the product would not be the slice."""
+    before = replaced(small, {"mesh": MeshConfig(fsdp=2, tensor=2, context=2)})
+    after = replaced(before, {"mesh": MeshConfig(fsdp=4, tensor=1, context=2)})
+    assert describe(before, after) == "--mesh fsdp=4,context=2"
 
 
 def test_what_cannot_fit_is_estimated_and_not_compiled(searched, small):
@@ -165,10 +219,61 @@ def test_what_cannot_fit_is_estimated_and_not_compiled(searched, small):
     assert found.found is None
     assert not compiled
     assert found.tries
+    assert not found.compiled
     assert all(t.plan is None and t.least > 1 << 10 for t in found.tries)
-    found, compiled = searched(lambda config: 1 << 40, 1 << 30, small, most=2)
+
+
+def test_what_was_compiled_tells_of_what_takes_more(searched, small):
+    """A quarter of the rows is needed: neither a weaker rematerialisation nor half the rows is compiled any more."""
+    small = replace(small, batch=64, model=replace(small.model, remat="dots"))
+    found, compiled = searched(lambda config: 16 * MIB * rows(config), 72 * MIB, small)
+    assert found.found.change == "--accumulate 4"
+    assert [(c.model.remat, rows(c)) for c in compiled] == [("full", 16), ("dots", 4)]
+    assert "--accumulate 2" in {t.change for t in found.tries if t.plan is None}
+
+
+def test_a_search_ends_at_its_limits(searched, small):
+    small = replace(small, batch=4096)
+    found, compiled = searched(lambda config: GIB + 1, GIB, small, most=2)
     assert (found.found, len(compiled)) == (None, 2)
     assert found.left > 0
+    found, compiled = searched(lambda config: 100 * GIB, GIB, small, minutes=0.0)
+    assert (found.found, len(compiled)) == (None, 0)
+    assert found.left > 0
+
+
+def test_a_candidate_that_the_compiler_refuses_is_passed_over(searched, small):
+    def needed(config):
+        if config.model.remat == "dots":
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such layout\nand more")
+        return 100 * MIB if config.model.remat == "none" else 10 * MIB
+
+    found, _ = searched(needed, 64 * MIB, small)
+    assert found.found.change == "--model.remat full"
+    assert found.compiled[0].refused == "INTERNAL: no such layout"
+
+
+DESCRIBE = """
+from jax.experimental import topologies
+from train.plan.chips import CHIPS, TOPOLOGIES, described, device_count, without_tpus
+
+without_tpus()
+for name in TOPOLOGIES:
+    assert len(described(name).devices) == device_count(name), name
+try:
+    topologies.get_topology_desc(platform="tpu", topology_name="v9:2x2")
+except Exception as error:
+    print("refused:", error)
+"""
+
+
+def test_the_compiler_describes_every_topology():
+    """With as many devices as `device_count` says, which a mesh is checked against before anything is described."""
+    pytest.importorskip("libtpu")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "refused:" in done.stdout
 
 
 PLAN = """
@@ -191,7 +296,7 @@ def test_a_real_plan(tmp_path):
     plan, memory = made["plan"], made["plan"]["memory"]
     assert plan["fits"]
     kinds = ("parameters", "optimizer", "gradients", "activations", "workspace", "other")
-    assert sum(memory[kind] for kind in kinds) == plan["needed"] <= plan["usable"] == 16 * 2**30
+    assert sum(memory[kind] for kind in kinds) == plan["needed"] <= plan["usable"] == 15.75 * 2**30
     assert memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] <= plan["needed"]
     # Everything but the norms is divided by four.
     assert memory["parameters"] == pytest.approx(plan["parameters"] * 4 / 4, rel=0.02)

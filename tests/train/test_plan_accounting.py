@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import operations
 from train.config import MeshConfig
-from train.plan import accounting, count
+from train.plan import accounting
+from train.plan.compile import loss_jaxpr
 from train.plan.hlo import Program, shapes_of
 from train.plan.memory import kept_by_loops, state_bytes
 from train.plan.tasks import Sizes, TextShapes
@@ -82,14 +85,38 @@ def test_the_traced_step_counts_loops_recomputation_and_the_dearest_branch():
         return lax.scan(body, x, ws)[0].sum()
 
     shapes = (f32(layers, width, width), f32(width, width))
-    assert count.flops(jax.make_jaxpr(loss)(*shapes)) == layers * square
+    assert operations.flops(jax.make_jaxpr(loss)(*shapes)) == layers * square
     # Forward, the product again, and one product each for the two gradients.
-    assert count.flops(jax.make_jaxpr(jax.grad(loss))(*shapes)) == pytest.approx(layers * 4 * square, abs=layers * square)
+    assert operations.flops(jax.make_jaxpr(jax.grad(loss))(*shapes)) == pytest.approx(layers * 4 * square, abs=layers * square)
 
     def branches(x):
         return lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
-    assert count.flops(jax.make_jaxpr(branches)(shapes[1])) == 2 * square
+    assert operations.flops(jax.make_jaxpr(branches)(shapes[1])) == 2 * square
+
+
+def double(cost):
+    """x -> 2 x as a kernel."""
+
+    def kernel(x, y):
+        y[...] = 2 * x[...]
+
+    return lambda x: pl.pallas_call(kernel, out_shape=x, cost_estimate=cost, name="double")(x)
+
+
+def test_what_is_not_counted_is_named():
+    square, key = f32(8, 8), operations.uncounted
+    assert key(jax.make_jaxpr(lambda x: jnp.sin(x @ x))(square)) == ()
+    assert key(jax.make_jaxpr(double(pl.CostEstimate(flops=64, transcendentals=0, bytes_accessed=0)))(square)) == ()
+
+    def f(x):
+        x = lax.scan(lambda x, _: (jax.jit(double(None))(x), None), x, length=3)[0]
+        x = lax.while_loop(lambda x: x[0, 0] < 10, lambda x: x + 1, x)  # arithmetic per element, which no count has
+        return jnp.linalg.inv(lax.while_loop(lambda x: x[0, 0] < 10, lambda x: x @ x, x))
+
+    named = key(jax.make_jaxpr(f)(square))
+    assert {"the kernel double", "products in a loop whose length only the run decides", "lu"} <= set(named)
+    assert len(named) == len(set(named))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +126,7 @@ def mesh():
 
 def test_work_of_each_device_is_counted_for_all(mesh):
     split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P("fsdp"))
-    assert count.flops(jax.make_jaxpr(split)(f32(16, 8), f32(8, 8))) == 2 * 16 * 8 * 8
+    assert operations.flops(jax.make_jaxpr(split)(f32(16, 8), f32(8, 8))) == 2 * 16 * 8 * 8
 
 
 # name -> what a device does with its part [64], in a loop of three turns; (group, bytes, received) of one turn in parts
@@ -247,4 +274,4 @@ def test_the_model_s_own_operations_follow_the_formula(tiny, replaced):
     matrices = sum(x.size for x in jax.tree.leaves(trainer.abstract.params) if x.ndim > 2)
     table = 64 * 16
     tokens = 8 * 32
-    assert count.forward_flops(trainer, task.batch()) == 2 * tokens * (matrices + table) + 4 * tokens * 32 * 16 * 2
+    assert operations.flops(loss_jaxpr(trainer, task.batch())) == 2 * tokens * (matrices + table) + 4 * tokens * 32 * 16 * 2

@@ -4,23 +4,25 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import Annotated, Any, Self
 
 import tyro
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from attnzoo import catalog
 from attnzoo.errors import unknown
 from train.command_line import option, parse
 from train.config import Config, MeshConfig
 from train.mixer_args import parse_mixer_args, take_mixer_args
-from train.plan.chips import Slice, described, device_count, without_tpus
-from train.plan.compile import compile_step, prepare
+from train.plan.chips import GIB, Slice, described, device_count, without_tpus
+from train.plan.compile import Planned, Prepared, compile_step, prepare
 from train.plan.report import Report
-from train.plan.search import nearest_that_fits
+from train.plan.search import Limits, nearest_that_fits
 from train.plan.tasks import Sizes
 from train.presets import PRESETS, preset
 from train.sharding import AXES
@@ -55,6 +57,8 @@ class PlanCommand:
     sizes: Sizes = field(default_factory=Sizes)
     tries: int = 6
     """How many other settings are compiled at most, where these do not fit."""
+    minutes: float = 30.0
+    """No other setting is begun after this."""
     json: bool = False
     """Print JSON."""
     out: str | None = None
@@ -65,14 +69,8 @@ def run_plan(argv: Sequence[str]) -> int:
     """0 if the settings fit, 1 if not."""
     command = parse_plan(argv)
     without_tpus()
-    words = Console(stderr=True)
-    with words.status("describing the slice") as status:
-        pod = described(command.topology)
-
-        def say(what: str) -> None:
-            status.update(f"compiling for {command.topology}: {what}")
-
-        report = make_plan(command, pod, f"attnzoo plan {shlex.join(argv)}", say)
+    with _Display(Console(stderr=True), command) as display:
+        report = make_plan(command, described(command.topology), f"attnzoo plan {shlex.join(argv)}", display)
     if command.out is not None:
         report.write(Path(command.out).expanduser())
     if command.json:
@@ -129,14 +127,41 @@ def _sides(text: str | None) -> dict[str, int]:
     return sides
 
 
-def make_plan(command: PlanCommand, pod: Slice, line: str, say: Callable[[str], None]) -> Report:
+class _Display:
+    """What is being compiled and for how long, live on a terminal; what came out stays, a line each."""
+
+    def __init__(self, console: Console, command: PlanCommand):
+        self._console, self._where = console, f"compiling for {command.topology}"
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self._live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def compiled(self, prepared: Prepared, pod: Slice, what: str) -> Planned:
+        task = self._live.add_task(f"{self._where}: {what}", total=None)
+        plan = compile_step(prepared, pod)
+        self._live.remove_task(task)
+        verdict = f"{plan.needed / GIB:.2f} of {plan.usable / GIB:.2f} GiB, {'fits' if plan.fits else 'does not fit'}"
+        self._console.print(f"{what}: {verdict} ({plan.seconds:.0f} s)", highlight=False, soft_wrap=True, markup=False)
+        return plan
+
+
+def make_plan(command: PlanCommand, pod: Slice, line: str, display: _Display) -> Report:
     """The plan of a command, and the search for settings that fit if it does not."""
     config, sizes = command.settings, command.sizes
-    say("the settings as asked")
     prepared = prepare(config, sizes, pod)
-    plan = compile_step(prepared, pod)
+    plan = display.compiled(prepared, pod, "as asked")
     search = None
     if not plan.fits and command.tries > 0:
-        search = nearest_that_fits(prepared, plan, sizes, pod, command.tries, say)
+
+        def attempt(config: Config, change: str) -> Planned:
+            return display.compiled(prepare(config, sizes, pod), pod, change)
+
+        search = nearest_that_fits(prepared, plan, pod, Limits(command.tries, command.minutes), attempt)
     task = prepared.trainer.task
     return Report(command.preset, pod, plan, search, task.unit, task.units_per_step, line)

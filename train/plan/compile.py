@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
+from jax.extend.core import ClosedJaxpr
 
 from attnzoo.core.backends.choice import recorded_choices
+from pallas_kernels import operations
+from pallas_kernels.tpu.launch import compiling_for
 from train.config import Config
-from train.plan import accounting, count
+from train.plan import accounting
 from train.plan.accounting import Collectives
 from train.plan.chips import GIB, Slice
 from train.plan.hlo import Program
@@ -29,13 +33,15 @@ class Flops:
     model: three times the loss alone, divided by the devices: what has to be done. traced: what the step as written does,
     recomputation included, divided by the devices. compiled: what each device's program does; more than traced where
     devices repeat each other's work. told: the compiler's cost analysis, which counts a loop's body once and arithmetic
-    per element too. Those after model are None where there is no program.
+    per element too. The last two are None where there is no program.
+    missing: what no count knows the operations of, in words; the first three are None then, not too low.
     """
 
-    model: float
-    traced: float
+    model: float | None
+    traced: float | None
     compiled: float | None
     told: float | None
+    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def prepare(config: Config, sizes: Sizes, pod: Slice) -> Prepared:
     """
     task = shapes_task(config, sizes)
     mesh = make_mesh(config.mesh, pod.devices)
-    check_batch(config.batch, task.context, mesh)
+    check_batch(config.batch, task.context, mesh, config.accumulate)
     trainer = Trainer(task, config, mesh)
     batch = task.batch()
     placed = {name: batch_sharding(name, task.sequence, mesh) for name in batch}
@@ -90,16 +96,17 @@ def prepare(config: Config, sizes: Sizes, pod: Slice) -> Prepared:
 
 def compile_step(prepared: Prepared, pod: Slice) -> Planned:
     """The real training step, through the compiler of the slice's platform."""
-    from pallas_kernels.tpu.launch import compiling_for
-
     began = time.monotonic()
     trainer, batch, devices = prepared.trainer, prepared.batch, len(pod.devices)
     with on_mesh(trainer.mesh, trainer.exchange), compiling_for(pod.chip.kernels), recorded_choices() as choices:
         traced = trainer.trace(batch)
-        forward = count.forward_flops(trainer, batch)
+        loss = loss_jaxpr(trainer, batch)
         lowered = traced.lower(lowering_platforms=("tpu",))
     attention = tuple(dict.fromkeys(_in_words(choice) for choice in choices))
-    flops = Flops(3 * forward / devices, count.flops(traced.jaxpr) / devices, None, None)
+    missing = operations.uncounted(traced.jaxpr)
+    known = None if missing else (3 * operations.flops(loss) / devices, operations.flops(traced.jaxpr) / devices)
+    model, as_traced = known or (None, None)
+    flops = Flops(model, as_traced, None, None, missing)
     made: dict[str, Any] = {
         "config": prepared.config, "parameters": trainer.parameters, "state": prepared.state, "attention": attention,
     }  # fmt: skip
@@ -113,16 +120,15 @@ def compile_step(prepared: Prepared, pod: Slice) -> Planned:
         )  # fmt: skip
     program = Program(compiled.as_text() or "")
     told = (compiled.cost_analysis() or {}).get("flops")
-    flops = dataclasses.replace(flops, compiled=accounting.flops(program), told=told)
+    flops = dataclasses.replace(flops, compiled=None if missing else accounting.flops(program), told=told)
     collectives = accounting.collectives(program, devices)
     traffic = memory_traffic(program)
     memory = memory_of(compiled, program, prepared.state)
-    assert flops.compiled is not None
     return Planned(
         **made,
         fits=True,
         needed=memory.total,
-        usable=int(pod.per_device.hbm),
+        usable=int(pod.per_device.usable),
         flops=flops,
         memory=memory,
         collectives=tuple(collectives),
@@ -132,6 +138,16 @@ def compile_step(prepared: Prepared, pod: Slice) -> Planned:
         roofline=roofline(pod.per_device, flops.compiled, traffic, sum(c.received for c in collectives)),
         seconds=time.monotonic() - began,
     )
+
+
+def loss_jaxpr(trainer: Trainer, batch: dict[str, jax.ShapeDtypeStruct]) -> ClosedJaxpr:
+    """The loss alone, over the global batch."""
+
+    def loss(params: nnx.State, rest: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        return trainer.task.loss(nnx.merge(trainer.graphdef, params, rest, copy=True), batch)
+
+    with on_mesh(trainer.mesh, trainer.exchange):
+        return jax.make_jaxpr(loss)(trainer.abstract.params, trainer.abstract.rest, batch)
 
 
 def _in_words(choice: Any) -> str:
@@ -144,7 +160,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 def out_of_memory(error: Exception) -> tuple[int, int]:
     """(needed, usable) bytes of a device's memory, from the compiler's refusal. Raises the error if it is another one."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+    # The second is said before there is a program; its temporaries are arguments and results too.
+    size = r"([\d.]+)([KMGT]?)"
+    forms = (rf"Used {size} of {size} hbm", rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)")
+    found = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
     if found is None:
         raise error
     needed, a, usable, b = found.groups()

@@ -19,7 +19,7 @@ class State:
     parameters: int
     optimizer: int
     other: int
-    """Random streams, statistics, the step's number."""
+    """Random streams, statistics, the moving average of parameters, the step's number."""
     batch: int
 
     @property
@@ -68,7 +68,7 @@ def state_bytes(trainer: Trainer, batch: dict[str, jax.ShapeDtypeStruct], shardi
     return State(
         parameters=shard_bytes(abstract.params, shardings.params),
         optimizer=shard_bytes(abstract.opt_state, shardings.opt_state),
-        other=shard_bytes((abstract.rest, abstract.step), (shardings.rest, shardings.step)),
+        other=shard_bytes((abstract.rest, abstract.step, abstract.ema), (shardings.rest, shardings.step, shardings.ema)),
         batch=sum(shard_bytes(x, placed[name]) for name, x in batch.items()),
     )
 

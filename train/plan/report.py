@@ -77,14 +77,11 @@ class Report:
         """plan.json and plan.png into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-        bars = [
-            ("as asked", self.plan),
-            *([(self.search.found.change, self.best)] if self.search and self.search.found else []),
-        ]
+        found = self.search.found if self.search else None
+        plans = {"as asked": self.plan, **({found.change: self.best} if found else {})}
         plot_memory(
             folder / "plan.png",
-            [(name, plan.memory, plan.needed) for name, plan in bars],
-            usable=self.plan.usable / GIB,
+            [(name, plan.memory, plan.needed, plan.usable) for name, plan in plans.items()],
             title=f"{self.name} ({self.plan.config.mixer}) on {self.pod.topology}, {mesh_in_words(self.plan.config.mesh)}",
         )
 
@@ -111,25 +108,33 @@ class Report:
         verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
         asked = f"{plan.needed / GIB:.2f} of {plan.usable / GIB:.2f} GiB per device"
         _say(console, f"{verdict}: {asked} (compiled in {plan.seconds:.0f} s)")
-        flops = plan.flops
-        _say(console, f"FLOPs per device and step: {flops.model:.3g} of the model (3 x its loss), {flops.traced:.3g} as traced")
-        if plan.roofline is None or plan.memory is None or flops.compiled is None:
+        _say(console, _flops_in_words(plan))
+        if plan.roofline is None:
             return
-        _say(console, f"  as compiled {flops.compiled:.3g}; by cost_analysis {flops.told or 0:.3g}, which counts loops once")
         if plan.loops_of_unknown_length:
             _say(console, f"  {plan.loops_of_unknown_length} loops of unknown length are counted once")
         console.print(_collectives_table(plan))
-        roof, chip = plan.roofline, self.pod.per_device
+        roof, model = plan.roofline, plan.flops.model
+        compute = "not known" if roof.compute is None else f"{1e3 * roof.compute:.1f}"
         _say(
             console,
-            f"a step takes at least {1e3 * roof.seconds:.1f} ms, limited by {roof.limiter}: compute {1e3 * roof.compute:.1f}, "
-            f"memory {1e3 * roof.memory:.1f} ({(plan.traffic or 0) / GIB:.1f} GiB), network {1e3 * roof.network:.1f} ms",
+            f"a step takes at least {1e3 * roof.seconds:.1f} ms, limited by {roof.limiter or 'what is known'}: "
+            f"compute {compute}, memory {1e3 * roof.memory:.1f} ({(plan.traffic or 0) / GIB:.1f} GiB), "
+            f"network {1e3 * roof.network:.1f} ms",
         )
-        _say(
-            console,
-            f"at most {units / roof.seconds:,.0f} {self.unit} per second, "
-            f"{100 * flops.model / chip.flops / roof.seconds:.0f} % of the peak for the model's own FLOPs",
-        )
+        if model is not None:
+            share = f"{100 * model / self.pod.per_device.flops / roof.seconds:.0f} % of the peak for the model's own FLOPs"
+            _say(console, f"at most {units / roof.seconds:,.0f} {self.unit} per second, {share}")
+
+
+def _flops_in_words(plan: Planned) -> str:
+    flops = plan.flops
+    if flops.missing:
+        return f"FLOPs: not known, because these do not say theirs: {', '.join(flops.missing)}"
+    said = f"FLOPs per device and step: {flops.model:.3g} of the model (3 x its loss), {flops.traced:.3g} as traced"
+    if flops.compiled is None:
+        return said
+    return f"{said}\n  as compiled {flops.compiled:.3g}; by cost_analysis {flops.told or 0:.3g}, which counts loops once"
 
 
 def _say(console: Console, text: str) -> None:
@@ -167,17 +172,23 @@ def _collectives_table(plan: Planned) -> Table:
 
 
 def _show_search(console: Console, search: Search, plan: Planned) -> None:
+    tried, estimated = search.compiled, [t for t in search.tries if t not in search.compiled]
     table = Table(title="nearest settings", title_justify="left")
     for name in ("change", "GiB per device", ""):
         table.add_column(name, justify="right" if name.startswith("GiB") else "left")
-    for t in search.tries:
+    for t in tried:
         if t.plan is None:
-            table.add_row(t.change, f"≥ {t.least / GIB:.2f}", "estimated: too much whatever the compiler does")
+            table.add_row(t.change, f"≥ {t.least / GIB:.2f}", f"the compiler refuses it: {t.refused}")
         else:
-            table.add_row(t.change, f"{t.plan.needed / GIB:.2f}", "compiled: " + ("fits" if t.plan.fits else "does not fit"))
-    console.print(table)
+            table.add_row(t.change, f"{t.plan.needed / GIB:.2f}", "fits" if t.plan.fits else "does not fit")
+    if tried:
+        console.print(table)
+    if estimated:
+        best = min(estimated, key=lambda t: t.least)
+        least = f"{best.least / GIB:.2f} GiB ({best.change})"
+        _say(console, f"{len(estimated)} others were not compiled: by estimate they need {least} or more")
     if search.found is None:
-        left = f"{search.left} further candidates were not tried (--tries)"
+        left = f"{search.left} further candidates were not tried (--tries, --minutes)"
         said = left if search.left else "there are no further candidates"
         _say(console, f"nothing that was tried fits into {plan.usable / GIB:.2f} GiB; {said}. Take more chips or fewer tokens")
 
@@ -190,33 +201,37 @@ def _plan(plan: Planned) -> dict[str, Any]:
 
 
 def _try(t: Try) -> dict[str, Any]:
-    return {"change": t.change, "least": t.least, "plan": None if t.plan is None else _plan(t.plan)}
+    return {"change": t.change, "least": t.least, "refused": t.refused, "plan": None if t.plan is None else _plan(t.plan)}
 
 
-def plot_memory(path: Path, bars: Sequence[tuple[str, Memory | None, int]], *, usable: float, title: str) -> None:
-    """A bar per plan, divided by kind, against the memory of a device (`usable`, in GiB); what does not fit is one colour."""
-    import matplotlib
+Bar = tuple[str, Memory | None, int, int]
+"""(name, memory by kind or None if there is no program, bytes needed, bytes usable)."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 1.8 + 0.5 * len(bars)), layout="constrained")
+def plot_memory(path: Path, bars: Sequence[Bar], *, title: str) -> None:
+    """A bar per plan, divided by kind, as a share of a device's memory; what does not fit is one colour."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.9 + 0.36 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
     for kind, words in KINDS.items():
-        sizes = [0 if memory is None else getattr(memory, kind) / GIB for _, memory, _ in bars]
-        before = [
-            0 if memory is None else sum(getattr(memory, k) for k in Memory.KINDS[: Memory.KINDS.index(kind)]) / GIB
-            for _, memory, _ in bars
-        ]
-        axes.barh(range(len(bars)), sizes, left=before, label=words, height=0.6)
-    missing = [needed / GIB if memory is None else 0 for _, memory, needed in bars]
+        before = Memory.KINDS[: Memory.KINDS.index(kind)]
+        sizes, lefts = (
+            [0.0 if memory is None else 100 * sum(getattr(memory, k) for k in kinds) / usable for _, memory, _, usable in bars]
+            for kinds in ((kind,), before)
+        )
+        axes.barh(range(len(bars)), sizes, left=lefts, label=words, height=0.65)
+    missing = [100 * needed / usable if memory is None else 0.0 for _, memory, needed, usable in bars]
     if any(missing):
-        axes.barh(range(len(bars)), missing, color="0.75", label="does not fit", height=0.6)
-    axes.axvline(usable, color="black", linestyle="--", linewidth=1)
-    axes.annotate(f"{usable:.4g} GiB", (usable, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        axes.barh(range(len(bars)), missing, color="0.75", label="does not fit", height=0.65)
+    for place, (_, _, needed, usable) in enumerate(bars):
+        said = f" {needed / GIB:.1f} of {usable / GIB:.4g} GiB"
+        axes.annotate(said, (100 * needed / usable, place), va="center", fontsize=7)
+    axes.axvline(100, color="black", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("GiB per device")
+    axes.margins(x=0.25)
+    axes.set_xlabel("% of a device's memory")
     axes.set_title(title, fontsize=10, loc="left")
-    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
+    figure.savefig(path, dpi=120)

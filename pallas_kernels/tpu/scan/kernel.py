@@ -8,12 +8,16 @@ where it runs. The compiler works through the heads of a step one after another:
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.interpreters import partial_eval
 
+from pallas_kernels import operations
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.scan.choice import heads_at_once
 from pallas_kernels.tpu.scan.chunk import Form, Tokens, chunk
@@ -69,6 +73,26 @@ class _Blocks:
         return pl.BlockSpec((self.heads, 1, self.width, self.depth), lambda r, c: (r, self._at(c), 0, 0))
 
 
+def _cost(p: _Blocks, x: Tokens, work: Callable[..., Any], moved: Sequence[Any], *rest: Any) -> pl.CostEstimate:
+    """Of one kernel's call. work: of one head's chunk, called with its state, tokens and `rest`; moved: each array once."""
+
+    def of_a_chunk(u: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((u.shape[-2] if u.ndim == 4 else p.form.chunk, u.shape[-1]), u.dtype)
+
+    state = jax.ShapeDtypeStruct((p.width, p.depth), jnp.float32)
+    traced = jax.make_jaxpr(work)(state, jax.tree.map(of_a_chunk, x), *rest).jaxpr
+    # A derivative traces products that nothing needs, and no compiler keeps them.
+    jaxpr, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    eqns: Any = jaxpr.eqns  # shapes are not attributes of every abstract value
+    exponentials = sum(math.prod(e.outvars[0].aval.shape) for e in eqns if e.primitive.name == "exp")
+    times = p.rows * p.chunks
+    return pl.CostEstimate(
+        flops=times * operations.flops(jaxpr),
+        transcendentals=times * exponentials,
+        bytes_accessed=sum(math.prod(u.shape) * u.dtype.itemsize for u in moved),
+    )
+
+
 def _given(x: Tokens) -> tuple[list[str], list[Any]]:
     """The fields that are there, by name."""
     names = [name for name, value in x._asdict().items() if value is not None]
@@ -86,6 +110,7 @@ def _forward(form: Form, x: Tokens, state: Any, keep: bool) -> Any:
     p = _Blocks(form, x, turned=False)
     names, arrays = _given(x)
     kept = [jax.ShapeDtypeStruct((p.rows, p.chunks, p.width, p.depth), jnp.float32)] if keep else []
+    made = [jax.ShapeDtypeStruct(x.v.shape, x.v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32), *kept]
     return launch(
         functools.partial(_forward_kernel, form, names),
         name="attnzoo_scan",
@@ -94,13 +119,10 @@ def _forward(form: Form, x: Tokens, state: Any, keep: bool) -> Any:
         in_specs=[*(p.tokens(u) for u in arrays), p.state()],
         inputs=[*arrays, state],
         out_specs=[p.tokens(x.v), p.state(), *(p.states() for _ in kept)],
-        out_shape=[
-            jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
-            jax.ShapeDtypeStruct(state.shape, jnp.float32),
-            *kept,
-        ],
+        out_shape=made,
         scratch=[],
         parallel=1,
+        cost=_cost(p, x, functools.partial(chunk, form), [*arrays, state, *made]),
     )
 
 
@@ -122,6 +144,8 @@ def _forward_kernel(form: Form, names: list[str], *refs: Any) -> None:
 def _backward(form: Form, x: Tokens, states: Any, d_out: Any, d_last: Any) -> tuple[Tokens, Any]:
     p = _Blocks(form, x, turned=True)
     names, arrays = _given(x)
+    made = [*(jax.ShapeDtypeStruct(u.shape, u.dtype) for u in arrays), jax.ShapeDtypeStruct(d_last.shape, jnp.float32)]
+    d_here = tuple(jax.ShapeDtypeStruct(side, jnp.float32) for side in ((form.chunk, p.width), (p.width, p.depth)))
     *grads, d_state = launch(
         functools.partial(_backward_kernel, form, names),
         name="attnzoo_scan_backward",
@@ -130,9 +154,10 @@ def _backward(form: Form, x: Tokens, states: Any, d_out: Any, d_last: Any) -> tu
         in_specs=[*(p.tokens(u) for u in arrays), p.states(), p.tokens(d_out), p.state()],
         inputs=[*arrays, states, d_out, d_last],
         out_specs=[*(p.tokens(u) for u in arrays), p.state()],
-        out_shape=[*(jax.ShapeDtypeStruct(u.shape, u.dtype) for u in arrays), jax.ShapeDtypeStruct(d_last.shape, jnp.float32)],
+        out_shape=made,
         scratch=[],
         parallel=1,
+        cost=_cost(p, x, functools.partial(_pull, form), [*arrays, states, d_out, d_last, *made], d_here),
     )
     return Tokens(**dict(zip(names, grads, strict=True))), d_state
 
@@ -147,8 +172,12 @@ def _backward_kernel(form: Form, names: list[str], *refs: Any) -> None:
 
     for head in range(d_out.shape[0]):
         x = _tokens_of(form, names, tokens, head)
-        pull = jax.vjp(functools.partial(chunk, form), states[head, 0], x)[1]
-        d_state[head], d = pull((d_out[head].astype(jnp.float32), d_state[head]))
+        d_state[head], d = _pull(form, states[head, 0], x, (d_out[head].astype(jnp.float32), d_state[head]))
         for name, ref in zip(names, grads, strict=True):
             here = ref.at[head, 0] if name == "w" and form.decay == "head" else ref.at[head]
             here[...] = getattr(d, name).astype(ref.dtype)
+
+
+def _pull(form: Form, state: Any, x: Tokens, d: tuple[Any, Any]) -> tuple[Any, Tokens]:
+    """The gradients of a chunk's state and tokens from those of what it makes."""
+    return jax.vjp(functools.partial(chunk, form), state, x)[1](d)
