@@ -1,6 +1,7 @@
 """What every test shares: eight host devices on the CPU, fixed seeds, no windows."""
 
 import os
+from importlib.metadata import version
 
 # Before jax is imported, here or by a test module. JAX_PLATFORMS may be set from outside, for the tests
 # marked `accelerator`.
@@ -8,6 +9,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Tests compile much and run little: what optimising takes is more than it gives, and of the two ways in which XLA up to
+# jaxlib 0.10 writes fused loops for the CPU the newer takes three times as long. Processes that tests start do the same.
+# Of what is computed it changes at most the rounding.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jaxlib").startswith("0.10.") and "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import random
 

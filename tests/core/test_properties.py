@@ -26,6 +26,11 @@ def inputs(z, dtype=jnp.float32):
     return tuple(jnp.asarray(rng.normal(size=(z.batch, *s)), dtype) for s in shapes)
 
 
+def run(z, pair, backend, **options):
+    """Compiled: op by op, each tile of each row would be some hundred calls."""
+    return jax.jit(lambda q, k, v: attention(q, k, v, mask=pair.mask, backend=backend, block_sizes=z.blocks, **options))
+
+
 def states(cells, block_q, block_k):
     """The states of all tiles, cell by cell."""
     b, n, t, s = cells.shape
@@ -61,8 +66,7 @@ class TestBlockMaps:
     @given(data=st.data())
     def test_block_map_agrees_with_the_cells(self, z, data):
         pair = data.draw(compositions(z))
-        with jax.disable_jit():  # each case is asked once: compiling would be most of the work
-            check_map(z, pair, *data.draw(st.sampled_from([z.blocks, (4, 4), (z.queries, z.keys)])))
+        check_map(z, pair, *data.draw(st.sampled_from([z.blocks, (4, 4), (z.queries, z.keys)])))
 
     @settings(max_examples=25)
     @given(st.data())
@@ -88,11 +92,10 @@ class TestBackends:
         pair = data.draw(compositions(z))
         q, k, v = inputs(z)
         out, lse, _ = oracle(q, k, v, pair.cells)
-        with jax.disable_jit():
-            for backend in ("dense", "blockwise"):
-                got = attention(q, k, v, mask=pair.mask, backend=backend, block_sizes=z.blocks, return_lse=True)
-                np.testing.assert_allclose(got[0], out, atol=3e-6, err_msg=f"{backend} {pair}")
-                np.testing.assert_allclose(jnp.moveaxis(got[1], 2, 1), lse, atol=3e-6, err_msg=f"{backend} {pair}")
+        for backend in ("dense", "blockwise"):
+            got = run(z, pair, backend, return_lse=True)(q, k, v)
+            np.testing.assert_allclose(got[0], out, atol=3e-6, err_msg=f"{backend} {pair}")
+            np.testing.assert_allclose(np.moveaxis(got[1], 2, 1), lse, atol=3e-6, err_msg=f"{backend} {pair}")
         hidden = ~pair.cells.any(-1)
         assert not np.asarray(got[0])[np.moveaxis(hidden, 1, 2)].any()
 
@@ -103,12 +106,11 @@ class TestBackends:
         pair = data.draw(compositions(z))
         q, k, v = inputs(z, jnp.bfloat16)
         out, _, _ = oracle(q, k, v, pair.cells)  # of the rounded inputs
-        with jax.disable_jit():
-            for backend in ("dense", "blockwise"):
-                got = attention(q, k, v, mask=pair.mask, backend=backend, block_sizes=z.blocks)
-                assert got.dtype == jnp.bfloat16
-                # 2^-8 relative: the output's own rounding, and that of the weights in the dense product
-                np.testing.assert_allclose(np.asarray(got, np.float64), out, atol=2e-2, rtol=2e-2)
+        for backend in ("dense", "blockwise"):
+            got = run(z, pair, backend)(q, k, v)
+            assert got.dtype == jnp.bfloat16
+            # 2^-8 relative: the output's own rounding, and that of the weights in the dense product
+            np.testing.assert_allclose(np.asarray(got, np.float64), out, atol=2e-2, rtol=2e-2)
 
     @settings(max_examples=25)
     @given(st.data())
@@ -122,29 +124,25 @@ class TestBackends:
             out, lse = attention(q, k, v, mask=pair.mask, bias=bias, backend=backend, block_sizes=z.blocks, return_lse=True)
             return (out**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
-        with jax.disable_jit():
-            dense, blockwise = (jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias, b) for b in ("dense", "blockwise"))
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=4)
+        dense, blockwise = (gradient(q, k, v, bias, backend) for backend in ("dense", "blockwise"))
         for name, a, b in zip(("q", "k", "v", "bias"), dense, blockwise, strict=True):
             assert np.isfinite(np.asarray(a)).all()
             np.testing.assert_allclose(b, a, atol=2e-5, rtol=1e-5, err_msg=f"d{name} {pair}")
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 @settings(max_examples=12)
 @given(data=st.data())
-def test_compiled_as_well(traced, data):
-    """The same under jit, with the mask's arrays as constants and as arguments (dynamic block maps)."""
+def test_traced_masks(data):
+    """The same with the mask's arrays as arguments, so that the block map is made as it runs."""
     z = data.draw(st.sampled_from(SIZES[:3]))
     pair = data.draw(compositions(z))
     q, k, v = inputs(z)
     out, _, _ = oracle(q, k, v, pair.cells)
+    leaves, tree = jax.tree.flatten(pair.mask)
 
-    def run(mask, q, k, v):
-        return attention(q, k, v, mask=mask, backend="blockwise", block_sizes=z.blocks)
+    @jax.jit
+    def traced(leaves, q, k, v):
+        return attention(q, k, v, mask=jax.tree.unflatten(tree, leaves), backend="blockwise", block_sizes=z.blocks)
 
-    if traced:
-        leaves, tree = jax.tree.flatten(pair.mask)
-        got = jax.jit(lambda leaves, *x: run(jax.tree.unflatten(tree, leaves), *x))(leaves, q, k, v)
-    else:
-        got = jax.jit(lambda *x: run(pair.mask, *x))(q, k, v)
-    np.testing.assert_allclose(got, out, atol=3e-6, err_msg=str(pair))
+    np.testing.assert_allclose(traced(leaves, q, k, v), out, atol=3e-6, err_msg=str(pair))

@@ -14,7 +14,8 @@ CORE_SECONDS = 2 * 120  # two minutes on two CPU cores; processor time, so that 
 
 def environment() -> dict[str, str]:
     """What a kernel of a user's sees: one CPU device, pictures in the notebook, and this checkout importable."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "XLA_FLAGS")}
+    without = ("MPLBACKEND", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    ours = {name: value for name, value in os.environ.items() if name not in without}
     return {**ours, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), ours.get("PYTHONPATH"))))}
 
 

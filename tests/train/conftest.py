@@ -1,6 +1,7 @@
 """Small runs that the tests of training share."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -49,19 +50,26 @@ def line():
 
 
 @pytest.fixture(scope="session")
-def finished(data_dir, tmp_path_factory) -> Path:
-    """The folder of a finished text run with checkpoints of steps 8 and 10. Read only."""
+def trained(data_dir, line, tmp_path_factory):
+    """The folder of the finished tiny run with further options, trained once for each of them. Read only."""
     from train.cli import parse_train
     from train.loop import train
 
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(data_dir)
-    try:
-        folder = tmp_path_factory.mktemp("runs") / "finished"
-        train(parse_train(f"{TINY} --steps 10 --checkpoint.every 4".split()).config, folder)
+    @functools.cache
+    def of(options: str) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(data_dir))
+            train(parse_train(line(options)).config, folder)
         return folder
-    finally:
-        os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.update(XDG_CACHE_HOME=before)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def finished(trained) -> Path:
+    """The folder of a finished text run with checkpoints of steps 8 and 10. Read only."""
+    return trained("--steps 10 --checkpoint.every 4")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Two processes of four devices: the same training as one of eight, and an end that says why."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,9 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from train.cli import parse_train
 from train.config import MeshConfig
-from train.loop import train
 from train.metrics import read_metrics
 from train.processes import DistributedConfig, connect, together
 from train.rundir import CHECKPOINTS, find_checkpoint, open_run
@@ -32,13 +31,13 @@ def job(data_dir):
     started = []
 
     def start(*words: str, **variables: str) -> subprocess.Popen:
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "XDG_CACHE_HOME": str(data_dir)}
+        flags = re.sub(r"(device_count)=\d+", r"\1=4", os.environ["XLA_FLAGS"])
         process = subprocess.Popen(
             [sys.executable, "-m", "attnzoo.cli", "train", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **flags, **variables},
+            env={**os.environ, "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(data_dir), **variables},
         )
         started.append(process)
         return process
@@ -95,13 +94,9 @@ def killed(job, line, tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(data_dir, line, tmp_path_factory) -> Path:
+def whole(trained) -> Path:
     """The same run in one process of eight devices."""
-    folder = tmp_path_factory.mktemp("processes") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(data_dir))
-        train(parse_train(line(RUN)).config, folder)
-    return folder
+    return trained(RUN)
 
 
 @pytest.fixture

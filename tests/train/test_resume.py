@@ -70,14 +70,7 @@ def wait_for(condition, process) -> None:
         time.sleep(0.005)
 
 
-@pytest.fixture
-def uninterrupted(line, tmp_path) -> Path:
-    folder = tmp_path / "whole"
-    train(parse_train(line(LONG)).config, folder)
-    return folder
-
-
-def test_resume_after_kill(line, spawn, uninterrupted, tmp_path, attnzoo):
+def test_resume_after_kill(line, spawn, trained, tmp_path, attnzoo):
     folder = tmp_path / "killed"
     process = spawn("train", *line(LONG), "--out", str(folder))
     wait_for(progress(folder), process)
@@ -87,7 +80,7 @@ def test_resume_after_kill(line, spawn, uninterrupted, tmp_path, attnzoo):
     assert newest(folder) < 60
     code, _, err = attnzoo("train", "--resume", str(folder))
     assert code == 0, err
-    assert_same(uninterrupted, folder)
+    assert_same(trained(LONG), folder)
 
 
 def unfinished(folder: Path) -> set[tuple]:
@@ -152,7 +145,7 @@ def test_resume_after_many_kills(line, spawn, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
-def test_an_interrupt_saves_and_says_how_to_go_on(number, line, spawn, uninterrupted, tmp_path, attnzoo):
+def test_an_interrupt_saves_and_says_how_to_go_on(number, line, spawn, tmp_path):
     folder = tmp_path / "with a space"
     process = spawn("train", *line(f"{LONG} --steps 100000"), "--out", str(folder))
     while newest(folder) < 3:
