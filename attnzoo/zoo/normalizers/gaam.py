@@ -186,12 +186,13 @@ class MultiHeadGaussianAdaptiveAttention(GaussianAdaptiveAttention):
 
         delta, c = self.delta[...], self.c[...]
         one = functools.partial(self._weights, axis=axis)
-        m = jax.vmap(one, (axis, axis, 0, 0), axis)(*jax.tree.map(chunks, given), delta[:even], c[:even])
+        u, real = jax.tree.map(chunks, given)
+        m = jax.vmap(one, (axis, axis, 0, 0), axis)(u, real, delta[:even], c[:even])
         m = m.reshape(*x.shape[:axis], even * size, *x.shape[axis + 1 :])
         if even == count:
             return m
-        rest = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, even * size, length, axis=axis), given)
-        return jnp.concatenate([m, one(*rest, delta[-1], c[-1])], axis)
+        u, real = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, even * size, length, axis=axis), given)
+        return jnp.concatenate([m, one(u, real, delta[-1], c[-1])], axis)
 
 
 class GaussianBlock(nnx.Module):
