@@ -3,6 +3,7 @@
 import importlib
 import json
 import platform
+import textwrap
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -88,7 +89,8 @@ def plot(result: ClaimResult, path: Path) -> None:
     methods = list(result.values)
     figure = Figure(figsize=(1.8 + 1.5 * len(methods), 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.bar(methods, [np.mean(result.values[m]) for m in methods], color="tab:blue", alpha=0.35, width=0.6)
+    labels = [textwrap.fill(method, 20) for method in methods]  # as much as goes under a bar
+    axes.bar(labels, [np.mean(result.values[m]) for m in methods], color="tab:blue", alpha=0.35, width=0.6)
     for place, method in enumerate(methods):
         spread = np.linspace(-0.12, 0.12, len(result.seeds)) if len(result.seeds) > 1 else [0.0]
         axes.plot(place + np.asarray(spread), result.values[method], "o", color="tab:blue", markersize=5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnzoo.core import context
@@ -14,6 +15,7 @@ from attnzoo.core.backends import BACKENDS, pallas
 from attnzoo.core.backends.choice import choose, record, refusals
 from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import BlockMap
+from attnzoo.core.cells import Geometry
 from attnzoo.core.request import Request, make_request
 from attnzoo.core.sharding import context_division
 from attnzoo.core.weights import Mixture, Weights, softmax
@@ -105,6 +107,8 @@ def _run(request: Request, backend: str) -> Any:
             one = dataclasses.replace(request.geometry, queries=1, q_positions=None)
             row = _run(dataclasses.replace(request, q=request.q[:, :1], geometry=one), backend)
             return _repeated(row, request.geometry.queries)
+        if uniform and (counts := _prefixes(request)) is not None:
+            return _prefix_means(request.v, counts, request.geometry)
         reasons = refusals(request)
         name, reason = choose(request, backend, reasons)
         record(name, reason, reasons)
@@ -123,7 +127,7 @@ def _run(request: Request, backend: str) -> Any:
         parts.append(part._replace(
             out=part.out * c.reshape(-1, 1),
             lse=None,
-            weights=None if part.weights is None else part.weights * c.reshape(-1, 1, 1),
+            weights=part.weights * c.reshape(-1, 1, 1) if request.return_weights else None,
         ))  # fmt: skip
     return jax.tree.map(lambda *xs: sum(xs), *parts)
 
@@ -137,6 +141,27 @@ def _repeated(row: Result, queries: int) -> Result:
     """One row of results for each of so many queries."""
     lse, weights = (None if x is None else jnp.repeat(x, queries, 2) for x in (row.lse, row.weights))
     return Result(jnp.repeat(row.out, queries, 1), lse, weights)
+
+
+def _prefixes(r: Request) -> np.ndarray | None:
+    """How many keys each row sees, int ``[B|1, T]``, where all rows are known to see the first so many; None elsewhere."""
+    g = r.geometry
+    if r.mask is None or r.dropout is not None or r.return_weights or g.kv_positions is not None:
+        return None
+    runs = r.mask.intervals(g)
+    if runs is None or not (runs.known and runs.exact) or runs.lo.shape[1] > 1 or runs.runs > 1 or (runs.lo > 0).any():
+        return None
+    counts = np.clip(runs.hi[:, 0, :, 0], 0, g.keys)
+    return np.broadcast_to(counts, (len(counts), g.queries))
+
+
+def _prefix_means(v: Array, counts: np.ndarray, g: Geometry) -> Result:
+    """The mean of the first ``counts`` values for every row, by one running sum over the keys instead of T×S weights."""
+    # Not cumsum, which may be lowered to S² adds.
+    sums = jnp.pad(jax.lax.associative_scan(jnp.add, v.astype(jnp.float32), axis=1), ((0, 0), (1, 0), (0, 0), (0, 0)))
+    means = jnp.take_along_axis(sums, counts[..., None, None], axis=1) / np.maximum(counts, 1)[..., None, None]
+    lse = jnp.log(counts.astype(np.float32))[:, None]  # of nothing, -inf
+    return Result(jnp.repeat(means, g.heads // g.kv_heads, axis=2), jnp.broadcast_to(lse, (g.batch, g.heads, g.queries)))
 
 
 def _is_zero(coefficient: Any) -> bool:

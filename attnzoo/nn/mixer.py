@@ -45,6 +45,11 @@ class Mixer(nnx.Module):
     batch_independent: ClassVar[bool] = True
     packs: ClassVar[bool] = True
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view(model, deterministic=...)`: switches what `eval()` and `train()` switch, where training differs."""
+        if deterministic is not None and hasattr(self, "deterministic"):
+            self.deterministic = deterministic
+
     # Mixers declare the keywords that they take; a base that listed them all would forbid leaving any out.
     def __call__(self, x: Float[Array, "B T D"], *args: Any, **kwargs: Any) -> Any:
         """(x, *, mask=None, positions=None) -> y [B, T, D]; or (y, carry) for a mixer that carries.

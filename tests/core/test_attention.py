@@ -174,6 +174,41 @@ def test_uniform_weights_need_no_product_but_see_what_a_bias_hides(qkv, backend)
     assert dq.shape == qkv[0].shape and not np.asarray(dq).any()
 
 
+PREFIXES = {
+    "causal": Causal(3),
+    "nothing at first": Causal(-2),
+    "per row": Causal(5) & Lengths(jnp.array([9, 26])),
+    "all alike": Prefix(7),
+    "positions": Causal(),
+    "window": Causal() & SlidingWindow(4),  # whose rows do not begin at the first key
+}
+
+
+@BACKEND
+@pytest.mark.parametrize("name", PREFIXES)
+def test_uniform_weights_of_prefixes_are_running_means(qkv, backend, name):
+    mask, positions = PREFIXES[name], np.arange(T)[::-1] if name == "positions" else None
+    ok = np.broadcast_to(mask.dense(T, S, batch=B), (B, 1, T, S))
+    ok = ok[:, :, ::-1] if name == "positions" else ok
+    level, level_lse, _ = oracle(*qkv, ok, lambda s: 0 * s)
+
+    def uniform(q, k, v, mask=mask, **options):
+        return attention(q, k, v, mask=mask, weights=Uniform(), backend=backend, block_sizes=(8, 8), **options)
+
+    f = functools.partial(uniform, q_positions=positions, return_lse=True)
+    out, lse = jax.jit(f)(*qkv)
+    np.testing.assert_allclose(out, level, atol=3e-6)
+    np.testing.assert_allclose(lse, np.moveaxis(level_lse, 1, 2), atol=3e-6)
+    program = str(jax.make_jaxpr(f)(*qkv))
+    assert (" dot_general" in program) == (name == "window")  # no product with weights but there
+    upstream = rand(B, T, N, HV)
+    got, expected = (
+        jax.jit(jax.grad(lambda v, g=g: (upstream * g(*qkv[:2], v)).sum()))(qkv[2])
+        for g in (functools.partial(uniform, q_positions=positions), functools.partial(uniform, mask=jnp.asarray(ok)))
+    )
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
 @BACKEND
 def test_additive_minus_infinity_hides(qkv, backend):
     ok = np.broadcast_to((s_ + t_) % 3 > 0, (B, N, T, S)).copy()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.tree_util import Partial
 
 from train import claim
 from train.claims import ClaimResult
@@ -94,3 +95,26 @@ def test_fit_trains_in_place():
     assert before == pytest.approx(np.log(16))
     assert losses.shape == (200,)
     assert mean_loss(model, next_token_loss, batch, seed=0) == pytest.approx(float(losses[-40:].mean()), abs=0.1)
+
+
+def test_models_of_one_structure_are_compiled_once():
+    """And each is trained on the arrays of its own batches."""
+    traced = []
+
+    def loss(model, tokens):
+        traced.append(tokens.shape)
+        return next_token_loss(model, tokens)
+
+    def same(tokens, key):
+        return tokens
+
+    counts = []
+    for symbol in (3, 5):
+        model, batch = Bigram(), Partial(same, jnp.full((2, 9), symbol))
+        fit(model, loss, batch, steps=30, seed=0, learning_rate=0.3)
+        assert mean_loss(model, loss, batch, seed=0) < 0.5
+        assert int(model.table[symbol].argmax()) == symbol
+        counts.append(len(traced))
+    assert counts[0] == counts[1] > 0
+    fit(Bigram(), loss, batch, steps=29, seed=0)
+    assert len(traced) > counts[0]

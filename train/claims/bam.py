@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnzoo.models.bam import BAMLM, BAMConfig, bam_loss, bam_upcycle, btx_upcycle
@@ -64,7 +65,9 @@ def sequences(key: Array, chains: Float[Array, "domains V V"], domain: Int[Array
     return jax.lax.scan(step, window, jax.random.split(key, LENGTH + 1))[1].T
 
 
-def batch(key: Array, *, chains: Array, domain: int | None = None, general: float = 0.0) -> Int[Array, "B T"]:
+def batch(
+    chains: Array, domain: int | Int[Array, ""] | None, general: float | Float[Array, ""], key: Array
+) -> Int[Array, "B T"]:
     """Sequences of one domain, a share `general` of them of all; of all where `domain` is None."""
     of_tokens, of_domain, of_general = jax.random.split(key, 3)
     domains = jax.random.randint(of_domain, (BATCH,), 0, len(LAGS))
@@ -93,12 +96,12 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     sizes: dict[str, dict[str, int]] = {}
     for seed in seeds:
         chains = transitions(seed)
-        everything = partial(batch, chains=chains)
+        everything = Partial(batch, chains, None, 0.0)
         dense = BAMLM(CONFIG, rngs=nnx.Rngs(seed))
         fit(dense, bam_loss, everything, steps=dense_steps, seed=seed)
         copies = branch(dense, len(LAGS) - 1)
         for domain, model in enumerate(copies):
-            make = partial(batch, chains=chains, domain=domain, general=GENERAL)
+            make = Partial(batch, chains, domain, GENERAL)
             fit(model, bam_loss, make, steps=dense_steps, seed=100 * seed + domain + 1)
         mixtures = {name: upcycle(dense, copies, rngs=nnx.Rngs(seed)) for name, upcycle in METHODS.items()}
         sizes = {name: attention_cost(model) for name, model in mixtures.items()}
@@ -108,7 +111,7 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
             values[name].append(mean_loss(model, next_token_loss, everything, seed=seed))
 
         def on(model: BAMLM, domain: int, chains: Array = chains, seed: int = seed) -> float:
-            return mean_loss(model, next_token_loss, partial(batch, chains=chains, domain=domain), seed=seed, batches=2)
+            return mean_loss(model, next_token_loss, Partial(batch, chains, domain, 0.0), seed=seed, batches=2)
 
         bam = [on(mixtures["BAM"], domain) for domain in range(len(LAGS))]
         others = [[d for d in range(len(LAGS)) if d != own] for own in range(len(copies))]

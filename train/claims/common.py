@@ -1,5 +1,6 @@
 """What claims share: a trainer for small models, and synthetic sequences."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,33 +79,19 @@ def fit(
 ) -> Float[Array, "steps"]:
     """Trains `model` in place with Adam, warm-up and a cosine to 0; returns the loss of every step.
 
-    All steps are one compiled scan; batches are made inside it. Models without random state (dropout) only.
+    All steps are one compiled scan; batches are made inside it. Models without random state (dropout) only. Models of one
+    structure with the same `loss` and `make_batch` share what was compiled; arrays that differ by seed go into a
+    `jax.tree_util.Partial`.
     probe: called with (step, model) before the first step, after the last, and each `every` steps between.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(warmup, steps // 4), steps)
-    optimizer = optax.adam(schedule)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-
-    def step(state: tuple[nnx.State, optax.OptState], key: Array) -> tuple[tuple, Array]:
-        params, opt_state = state
-
-        def of(params: nnx.State) -> Array:
-            return loss(nnx.merge(graphdef, params, rest, copy=True), make_batch(key))
-
-        value, gradients = jax.value_and_grad(of)(params)
-        updates, opt_state = optimizer.update(gradients, opt_state)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    @jax.jit
-    def run(state: tuple[nnx.State, optax.OptState], keys: Array) -> tuple[tuple, Array]:
-        return jax.lax.scan(step, state, keys)
-
-    state, losses = (params, jax.jit(optimizer.init)(params)), []
+    init, run = _training(graphdef, loss, steps, learning_rate, min(warmup, steps // 4))
+    state, losses, batches = (params, init(params)), [], _as_argument(make_batch)
     keys = jax.random.split(jax.random.key(seed), steps)
     for start in range(0, steps, every or steps):
         if probe is not None:
             probe(start, model)
-        state, part = run(state, keys[start : start + (every or steps)])
+        state, part = run(state, keys[start : start + (every or steps)], rest, batches)
         losses.append(part)
         nnx.update(model, state[0])
     if probe is not None:
@@ -112,18 +99,53 @@ def fit(
     return jnp.concatenate(losses)
 
 
+@functools.lru_cache(maxsize=16)
+def _training(
+    graphdef: nnx.GraphDef, loss: Loss, steps: int, learning_rate: float, warmup: int
+) -> tuple[Callable[..., optax.OptState], Callable[..., tuple[Any, Array]]]:
+    """(parameters -> the optimizer's state, (state, keys, rest, make_batch) -> (state, losses)), compiled when called."""
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps))
+
+    @jax.jit
+    def run(state: tuple[nnx.State, optax.OptState], keys: Array, rest: nnx.State, make_batch: MakeBatch) -> tuple[Any, Array]:
+        def step(state: tuple[nnx.State, optax.OptState], key: Array) -> tuple[tuple, Array]:
+            params, opt_state = state
+
+            def of(params: nnx.State) -> Array:
+                return loss(nnx.merge(graphdef, params, rest, copy=True), make_batch(key))
+
+            value, gradients = jax.value_and_grad(of)(params)
+            updates, opt_state = optimizer.update(gradients, opt_state)
+            return (optax.apply_updates(params, updates), opt_state), value
+
+        return jax.lax.scan(step, state, keys)
+
+    return jax.jit(optimizer.init), run
+
+
+def _as_argument(make_batch: MakeBatch) -> MakeBatch:
+    """A function of which compiled ones take the arrays it holds, if any, as arguments."""
+    return make_batch if isinstance(make_batch, jax.tree_util.Partial) else jax.tree_util.Partial(make_batch)
+
+
 def mean_loss(model: nnx.Module, loss: Loss, make_batch: MakeBatch, *, seed: int, batches: int = 8) -> float:
-    """The loss over batches that `fit` with the same seed never saw, without dropout."""
+    """The loss over batches that `fit` with the same seed never saw, without dropout; compiled as there."""
     model = nnx.merge(*nnx.split(model))  # the caller's keeps its mode
     model.eval()
     graphdef, state = nnx.split(model)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), batches)
+    return float(_testing(graphdef, loss)(state, keys, _as_argument(make_batch)))
+
+
+@functools.lru_cache(maxsize=16)
+def _testing(graphdef: nnx.GraphDef, loss: Loss) -> Callable[..., Array]:
+    """(state, keys, make_batch) -> the mean loss."""
 
     @jax.jit
-    def run(state: nnx.State) -> Array:
+    def run(state: nnx.State, keys: Array, make_batch: MakeBatch) -> Array:
         return jax.lax.map(lambda key: loss(nnx.merge(graphdef, state, copy=True), make_batch(key)), keys).mean()
 
-    return float(run(state))
+    return run
 
 
 def digit_rows(seed: int) -> tuple[Float[np.ndarray, "1797 8 8"], Int[np.ndarray, "1797"]]:

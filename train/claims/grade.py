@@ -10,7 +10,6 @@ easy to tell the two apart. The 2000 steps, the summed cross-entropy and the mar
 1, so others are reported. Both models start from the same weights.
 """
 
-import functools
 import time
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from attnzoo.models.grade import GraDeLM
@@ -52,6 +52,11 @@ def written(key: Array, count: int, maps: Array) -> tuple[Array, Array, Array]:
     of_rows, of_orders = jax.random.split(key)
     table, orders = rows(of_rows, count, maps), random_orders(of_orders, count, FEATURES)
     return *serialize_rows(table, orders), orders
+
+
+def batch(maps: Array, key: Array) -> tuple[Array, Array, Array]:
+    """What training reads at a step."""
+    return written(key, BATCH, maps)
 
 
 def loss(model: GraDeLM, batch: tuple[Array, Array, Array]) -> Float[Array, ""]:
@@ -95,7 +100,7 @@ def run(seeds: Sequence[int] = (2, 3), quick: bool = False) -> ClaimResult:
             of_graph = nnx.Rngs(1000 + seed)
             graph = FeatureGraph(FEATURES, prior_graph(FEATURES, known), rngs=of_graph) if name == "GraDe" else None
             model = GraDeLM(config, graph, rngs=nnx.Rngs(seed))
-            fit(model, loss, functools.partial(written, count=BATCH, maps=maps), steps=steps, seed=seed)
+            fit(model, loss, Partial(batch, maps), steps=steps, seed=seed)
             found = [round(float(a), 4) for a in accuracies(model, test)]
             each[name].append(found)
             values[name].append(float(np.mean(found)))

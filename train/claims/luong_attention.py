@@ -76,11 +76,11 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     values: dict[str, list[float]] = {name: [] for name in METHODS}
     errors: dict[str, list[float]] = {name: [] for name in METHODS if "none" not in name}
     past: dict[str, list[float]] = {name: [] for name in errors}
+    make_batches = {backwards: functools.partial(strings, batch=BATCH, backwards=backwards) for backwards in (False, True)}
     for seed in seeds:
         for name, (backwards, options) in METHODS.items():
             model = LuongSeq2Seq(LuongConfig(vocab_size=FIRST + SYMBOLS, **options), rngs=nnx.Rngs(seed))
-            make_batch = functools.partial(strings, batch=BATCH, backwards=backwards)
-            fit(model, loss, make_batch, steps=steps, seed=seed, learning_rate=3e-3)
+            fit(model, loss, make_batches[backwards], steps=steps, seed=seed, learning_rate=3e-3)
             fresh = jax.random.fold_in(jax.random.key(seed), 1)
             right, weights = evaluate(model, *strings(fresh, 512, backwards, shortest=LONGEST))
             values[name].append(float(right))

@@ -83,10 +83,11 @@ def run(seeds: Sequence[int] = (0, 1, 2), quick: bool = False) -> ClaimResult:
 
     values: dict[str, list[float]] = {name: [] for name in COEFFICIENTS}
     usage: dict[str, list[list[list[float]]]] = {name: [] for name, c in COEFFICIENTS.items() if c is not None}
+    objectives = {name: loss_with(coefficient) for name, coefficient in COEFFICIENTS.items()}
     for seed in seeds:
         for name, coefficient in COEFFICIENTS.items():
             model = build(seed, mixture=coefficient is not None)
-            fit(model, loss_with(coefficient), batch, steps=steps, seed=seed)
+            fit(model, objectives[name], batch, steps=steps, seed=seed)
             predicted = nnx.jit(lambda model, images: model(images).argmax(-1))(model, test_images)
             values[name].append(float((predicted == test_labels).mean()))
             if name in usage:

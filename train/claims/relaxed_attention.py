@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from attnzoo.models.layers import LayerConfig
@@ -48,6 +49,12 @@ def build(seed: int, gamma: float, mode: str = "train") -> RowClassifier:
     return RowClassifier(config, rngs=nnx.Rngs(seed))
 
 
+def batch(images: Array, labels: Array, key: Array) -> tuple[Array, Array]:
+    """64 of them, with their labels."""
+    chosen = jax.random.choice(key, len(images), (64,), replace=False)
+    return images[chosen], labels[chosen]
+
+
 @nnx.jit
 def measure(model: RowClassifier, images: Array, labels: Array) -> tuple[Array, Array]:
     """(cross-entropy in nats, accuracy)."""
@@ -64,13 +71,10 @@ def run(seeds: Sequence[int] = (0, 1, 2, 3), quick: bool = False) -> ClaimResult
     for seed in seeds:
         images, labels = (jnp.asarray(x) for x in digit_rows(seed))
 
-        def batch(key: Array, images: Array = images, labels: Array = labels) -> tuple[Array, Array]:
-            chosen = jax.random.choice(key, TRAINING.stop, (64,), replace=False)
-            return images[chosen], labels[chosen]
-
+        make_batch = Partial(batch, images[TRAINING], labels[TRAINING])
         for gamma in GAMMAS:
             model = build(seed, gamma)
-            fit(model, label_loss, batch, steps=steps, seed=seed, learning_rate=2e-3)
+            fit(model, label_loss, make_batch, steps=steps, seed=seed, learning_rate=2e-3)
             matched = build(seed, gamma, "matched")
             nnx.update(matched, nnx.state(model, nnx.Param))
             for name, tested in ((f"gamma {gamma}", model), (f"gamma {gamma}, matched", matched)):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from attnzoo.models.tab import TABChangeConfig, TABChangeModel
@@ -45,7 +46,7 @@ class Pairs(NamedTuple):
     label: Int[Array, "B"]
 
 
-def pairs(key: Array, codes: Float[Array, "codes C"], count: int = 64) -> Pairs:
+def pairs(codes: Float[Array, "codes C"], key: Array, count: int = 64) -> Pairs:
     """Random pairs, half of them changed."""
     of_symbols, of_place, of_step, of_change, of_noise = jax.random.split(key, 5)
     before = jax.random.randint(of_symbols, (count, PATCHES), 0, CODES)
@@ -93,13 +94,13 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     steps = 8 if quick else 2500
     values: dict[str, list[float]] = {name: [] for name in METHODS}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    objectives = {weight: partial(loss, maps_weight=weight) for _, weight in METHODS.values()}
     for seed in seeds:
         codes = jax.random.normal(jax.random.key(1000 + seed), (CODES, WIDTH))
-        test = pairs(jax.random.fold_in(jax.random.key(seed), 1), codes, 2048)
+        test = pairs(codes, jax.random.fold_in(jax.random.key(seed), 1), 2048)
         for name, (options, maps_weight) in METHODS.items():
             model = TABChangeModel(TABChangeConfig(dim=32, num_heads=4, **options), rngs=nnx.Rngs(seed))
-            objective = partial(loss, maps_weight=maps_weight)
-            fit(model, objective, partial(pairs, codes=codes), steps=steps, seed=seed, learning_rate=3e-3, warmup=100)
+            fit(model, objectives[maps_weight], Partial(pairs, codes), steps=steps, seed=seed, learning_rate=3e-3, warmup=100)
             measured = {what: round(float(value), 4) for what, value in measure(model, test).items()}
             values[name].append(measured["accuracy"])
             found[name].append(measured)

@@ -23,9 +23,9 @@ Load balance (training): L_b = h_r Σ_e P_e f_e, with P_e the mean of p_e over t
 e, averaged over layers, with a coefficient of 0.01. It is k for a uniform router.
 
 Costs: D (h_r + h_s + 2) parameters with h_s > 1, D (h_r + 2) with one shared head, D h_r without any, none for "tuned",
-which computes the query projection a second time. The keys and values of all heads are computed and cached. Heads that are
-off are multiplied by 0 here, which saves nothing; a kernel that leaves (token, head) pairs out would save their share of
-scores, values and output projection.
+which asks for the query projection again (compiled, it is computed once and differentiated twice). The keys and values of all
+heads are computed and cached. Heads that are off are multiplied by 0 here, which saves nothing; a kernel that leaves (token,
+head) pairs out would save their share of scores, values and output projection.
 
 Gates and the load-balance loss follow the authors' code (SkyworkAI/MoH).
 """

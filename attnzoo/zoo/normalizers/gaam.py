@@ -29,6 +29,7 @@ Costs: an exponent per element (M of them in the authors' form), 2 M parameters 
 The equations follow the authors' package `gaussian-adaptive-attention`; the importance factor follows the paper.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -113,6 +114,9 @@ class GaussianAdaptiveAttention(nnx.Module):
     that does not fit; TypeError unless x is floating-point.
     """
 
+    heads: tuple[int, ...] = ()
+    """The axes of delta and c before that of the Gaussians."""
+
     def __init__(
         self,
         num_gaussians: int = 5,
@@ -131,64 +135,64 @@ class GaussianAdaptiveAttention(nnx.Module):
             raise unknown("mode", mode, MODES)
         self.axis, self.padding_value = axis, padding_value
         self.exact_padding, self.mode, self.eps = exact_padding, mode, eps
-        self.delta = nnx.Param(jnp.zeros(num_gaussians, param_dtype), **named(None))
-        self.c = nnx.Param(jnp.exp(jax.random.normal(rngs.params(), (num_gaussians,), param_dtype)), **named(None))
+        shape, names = (*self.heads, num_gaussians), named(*(None,) * (len(self.heads) + 1))
+        self.delta = nnx.Param(jnp.zeros(shape, param_dtype), **names)
+        self.c = nnx.Param(jnp.exp(jax.random.normal(rngs.params(), shape, param_dtype)), **names)
 
     def weights(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
         """m, in float32 or wider and in the shape of x."""
-        return gaussian_weights(
-            x,
-            self.delta[...],
-            self.c[...],
-            axis=_checked_axis(x, self.axis),
-            where=_real(x, where, self.padding_value),
-            exact_padding=self.exact_padding,
-            mode=self.mode,
-            eps=self.eps,
-        )
+        axis = _checked_axis(x, self.axis)
+        return self._weights(x, _real(x, where, self.padding_value), self.delta[...], self.c[...], axis)
+
+    def _weights(self, u: Array, real: Array | None, delta: Array, c: Array, axis: int) -> Array:
+        options: dict[str, Any] = {"exact_padding": self.exact_padding, "mode": self.mode, "eps": self.eps}
+        return gaussian_weights(u, delta, c, axis=axis, where=real, **options)
 
     def __call__(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
         return _at_real(_real(x, where, self.padding_value), (x * self.weights(x, where)).astype(x.dtype), x)
 
 
-class MultiHeadGaussianAdaptiveAttention(nnx.Module):
-    """N heads, each over a contiguous chunk of `axis`: x of rank 2 or more -> the same shape.
+class MultiHeadGaussianAdaptiveAttention(GaussianAdaptiveAttention):
+    """N heads, each over a contiguous chunk of `axis`, the last one's with what is left over: x of rank 2 or more -> x's shape.
 
-    num_heads: N. num_gaussians: M of each head. options: as in `GaussianAdaptiveAttention`.
+    num_heads: N; delta and c are [N, M]. num_gaussians: M of each head. options: as in `GaussianAdaptiveAttention`.
     There is no output projection; heads never mix.
 
     Raises ValueError where a chunk would have fewer than 2 elements.
     """
 
-    def __init__(self, num_heads: int = 4, num_gaussians: int = 5, *, axis: int = -1, rngs: nnx.Rngs, **options: Any):
+    def __init__(self, num_heads: int = 4, num_gaussians: int = 5, *, rngs: nnx.Rngs, **options: Any):
         if num_heads < 1:
             raise ValueError(f"num_heads: must be at least 1, got {num_heads}")
-        self.axis = axis
-        self.heads = nnx.List(
-            [GaussianAdaptiveAttention(num_gaussians, axis=axis, rngs=rngs, **options) for _ in range(num_heads)]
-        )
-
-    def _chunks(self, x: Array, where: Array | None) -> list[tuple[Array, Array | None]]:
-        """(chunk, where) of every head."""
-        axis, count = _checked_axis(x, self.axis), len(self.heads)
-        size = x.shape[axis] // count
-        if size < 2:
-            raise ValueError(
-                f"x: {count} heads share the {x.shape[axis]} elements of axis {self.axis} of {x.shape}, and each needs at "
-                f"least 2; give at most {max(x.shape[axis] // 2, 1)} heads, or an axis of {2 * count} or more elements"
-            )
-        cuts = [size * i for i in range(1, count)]
-        real = [None] * count if where is None else jnp.split(_fitting(where, "x", x), cuts, axis)
-        return list(zip(jnp.split(x, cuts, axis), real, strict=True))
+        self.heads = (num_heads,)
+        super().__init__(num_gaussians, rngs=rngs, **options)
 
     def weights(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
         """m of every head on its chunk; they sum to N along the axis."""
-        pairs = zip(self.heads, self._chunks(x, where), strict=True)
-        return jnp.concatenate([head.weights(*part) for head, part in pairs], self.axis)
+        axis, (count,) = _checked_axis(x, self.axis), self.heads
+        length = x.shape[axis]
+        size = length // count
+        if size < 2:
+            raise ValueError(
+                f"x: {count} heads share the {length} elements of axis {self.axis} of {x.shape}, and each needs at "
+                f"least 2; give at most {max(length // 2, 1)} heads, or an axis of {2 * count} or more elements"
+            )
+        given = x, _real(x, where, self.padding_value)
+        even = count if length == count * size else count - 1  # heads of one size, done at once
 
-    def __call__(self, x: Float[Array, "..."], where: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
-        pairs = zip(self.heads, self._chunks(x, where), strict=True)
-        return jnp.concatenate([head(*part) for head, part in pairs], self.axis)
+        def chunks(a: Array) -> Array:
+            a = jax.lax.slice_in_dim(a, 0, even * size, axis=axis)
+            return a.reshape(*a.shape[:axis], even, size, *a.shape[axis + 1 :])
+
+        delta, c = self.delta[...], self.c[...]
+        one = functools.partial(self._weights, axis=axis)
+        u, real = jax.tree.map(chunks, given)
+        m = jax.vmap(one, (axis, axis, 0, 0), axis)(u, real, delta[:even], c[:even])
+        m = m.reshape(*x.shape[:axis], even * size, *x.shape[axis + 1 :])
+        if even == count:
+            return m
+        u, real = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, even * size, length, axis=axis), given)
+        return jnp.concatenate([m, one(u, real, delta[-1], c[-1])], axis)
 
 
 class GaussianBlock(nnx.Module):

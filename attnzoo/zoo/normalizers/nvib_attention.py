@@ -189,7 +189,8 @@ class NVAttention(GroupedQueryAttention):
     """Denoising attention as a drop-in; x [B, T, D] -> [B, T, D]. As it starts, it is nearly standard attention.
 
     tau_mu, tau_sigma, tau_alpha, prior: as in `NVIBLayer`.
-    sample: in training mode, sample z and pi (`model.eval()` ends it); otherwise, and when decoding, the closed form is used.
+    sample: in training mode, sample z and pi (`model.eval()`, or a view, ends it as it ends dropout); otherwise, and when
+        decoding, the closed form is used.
     kappa: samples per component.
     positions: None only; rotated keys are no longer linear in the Gaussians. Add positions to x instead.
     options: as in `GroupedQueryAttention`. Dropout never hits the prior.

@@ -16,8 +16,8 @@ It is done in training, and in "matched inference" also afterwards. In fuzzy rel
 N(gamma, sigma²). Since dw_rel / dw = 1 - gamma, gradients into the logits shrink by that factor.
 
 Costs: no parameters, the cache of grouped-query attention. Fused, the output is (1 - gamma) softmax(..) v plus gamma times
-the mean of the values seen: `attnzoo.core.weights.Relaxed` runs the two by tiles and never holds a row of weights. Where all
-keys are seen the mean is the same for all queries and found once.
+the mean of the values seen: `attnzoo.core.weights.Relaxed` runs the two by tiles and never holds a row of weights. Where every
+query is known to see the first so many keys (all, causal), and no weights are dropped, the means are one running sum.
 
 The formula and its place before dropout follow freewym/espresso; the variants follow the paper.
 """
@@ -172,6 +172,7 @@ PAPER = Paper(
         "cache numbers per token": "2 * K * H",
         "parameters": "2 * D * N * H + 2 * D * K * H",
         "multiply-adds beyond softmax attention": "T * S * N * H",
+        "adds instead, where each query sees the first so many keys": "S * K * H",
     },
     code="freewym/espresso",
     notes=(

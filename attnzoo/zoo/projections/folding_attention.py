@@ -30,7 +30,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from attnzoo.core.cache import LayerCache
+from attnzoo.core.cache import LayerCache, init_cache
 from attnzoo.core.cells import Bound, Cells, Geometry, concrete
 from attnzoo.core.intervals import Intervals, span
 from attnzoo.core.masks import Causal, Folded, Mask, mask
@@ -108,7 +108,8 @@ class FoldingAttention(GroupedQueryAttention):
     factor: F, a divisor of D, and of N unless N < F. With 1 it is multi-head attention.
     streaming: (chunk, left_chunks), the mask of a streaming encoder in place of the causal one (together with causal=True,
         both). Such a mixer decodes too, by whole chunks: a piece given to `prefill` ends where a chunk ends, or the sequence;
-        by single tokens where nothing ahead is seen (chunks of one, causal, or strict_subtoken_causal).
+        by single tokens where nothing ahead is seen (chunks of one, causal, or strict_subtoken_causal). A rolling cache
+        (`init_cache`) serves a stream without end.
     strict_subtoken_causal: hide the later sub-tokens of the same token as well, and those of tokens ahead; of a mixer that is
         causal or streaming.
     causal, positions, use_bias, dropout_rate, backend: as in `GroupedQueryAttention`.
@@ -225,11 +226,21 @@ class FoldingAttention(GroupedQueryAttention):
         batch: int,
         length: int,
         *,
+        rolling: bool = False,
         dtype: DTypeLike | None = None,
         memory: Float[Array, "B S D"] | None = None,
         memory_mask: Bool[Array, "B S"] | None = None,
     ) -> LayerCache:
-        """Room for the sub-tokens of `length` tokens, or those of a memory."""
+        """Room for the sub-tokens of `length` tokens, or those of a memory.
+
+        rolling: hold the last `length` tokens of a stream without end; at least the (left_chunks + 1) chunk that one sees.
+        Raises ValueError for a rolling cache that is shorter, or not of a streaming mixer.
+        """
+        if rolling and (self.reach is None or length < self.reach):
+            needed = "a streaming mixer" if self.reach is None else f"at least the {self.reach} tokens that one may see"
+            raise ValueError(f"rolling: the cache forgets what no token sees any more and needs {needed}, got length={length}")
+        if rolling and memory is None:
+            return init_cache(batch, length * self.factor, self.cache_spec(), dtype=dtype or self.cache_dtype, sinks=0)
         if memory is not None and memory_mask is not None:
             check_memory_mask(memory, memory_mask)
         memory = None if memory is None else self._fold(memory)
@@ -246,7 +257,8 @@ class FoldingAttention(GroupedQueryAttention):
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The tokens x after those in the cache; lengths are those of tokens.
 
-        Raises ValueError, outside jit, where streaming goes on in the middle of a chunk.
+        Raises ValueError, outside jit, where streaming goes on in the middle of a chunk; and for more tokens at once than a
+        rolling cache can take without losing what they see.
         """
         seen = concrete(cache.seen)
         if self.piece > 1 and self.causal and seen is not None and (seen % (self.piece * self.factor)).any():
@@ -254,7 +266,10 @@ class FoldingAttention(GroupedQueryAttention):
                 f"x: streaming goes on where a chunk of {self.piece} tokens ends, and the rows have had "
                 f"{(seen // self.factor).tolist()}; give whole chunks at a time"
             )
-        held = jax.eval_shape(cache.view).slots // self.factor
+        view = jax.eval_shape(cache.view)
+        held = view.slots // self.factor
+        if view.sinks is not None and self.reach is not None and x.shape[1] > (most := held - self.reach + self.piece):
+            raise ValueError(f"x: a rolling cache of {held} tokens takes {most} at a time, got {x.shape[1]}")
         self._warn(x.shape[1], held, x.shape[1] if self.causal else 0)
         lengths = None if lengths is None else lengths * self.factor
         y, cache = super().prefill(self._fold(x), cache, mask=mask, lengths=lengths)

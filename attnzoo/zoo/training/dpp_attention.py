@@ -22,7 +22,8 @@ Greedy picking raises det L_Y by the largest factor d_j each time, by an increme
 
     d_i = L_ii;   pick j = argmax d;   c_i <- [c_i, r_i],  r_i = (L_ji - c_j·c_i) / sqrt(d_j);   d_i <- d_i - r_i²
 
-Costs: S'² E for the kernel of S' candidates, S' k² for k picks, S³ for the determinants of macro; nothing at inference.
+Costs: S'² E for the kernel of S' candidates, S' k² for k picks. Macro: the determinant of one matrix of size M = min(S, E),
+since det(L + I) is det(I + bᵀ b) too where L = b bᵀ, and S E M for that matrix; that of a set is small. Nothing at inference.
 
 The losses and the attention of the convolutional host model follow thinkwee/DPP_CNN_Summarization, where they are what the
 paper says; `PAPER.notes` has where not.
@@ -45,6 +46,9 @@ from attnzoo.paper import Paper
 NONE = -1
 """In place of a position that was not picked."""
 
+JITTER = 1e-5
+"""What is added to the kernel of a set, over the mean of its diagonal."""
+
 DIRECTIONS = ("forward", "reverse")
 BRANCHES = ("random", "quality", "diversity")
 
@@ -56,14 +60,22 @@ def dpp_kernel(q: Float[Array, "*B S"], e: Float[Array, "*B S E"]) -> Float[Arra
     """
     if e.shape[:-1] != q.shape:
         raise ValueError(f"e: one vector for each quality is needed: {(*q.shape, 'E')}, got {e.shape}")
+    return _gram(_scaled(q, e))
+
+
+def _scaled(q: Array, e: Array) -> Array:
+    """q_i ê_i [B, S, E], whose inner products are the kernel."""
     q, e = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, e))
     norm2 = (e**2).sum(-1, keepdims=True)
     # Not sqrt(0), whose derivative is infinite.
-    scaled = q[..., None] * e * jax.lax.rsqrt(jnp.where(norm2 > 0, norm2, 1))
-    return scaled @ jnp.swapaxes(scaled, -1, -2)
+    return q[..., None] * e * jax.lax.rsqrt(jnp.where(norm2 > 0, norm2, 1))
 
 
-def dpp_log_prob(L: Float[Array, "*B S S"], chosen: Bool[Array, "*B S"], *, jitter: float = 1e-5) -> Float[Array, "*B"]:
+def _gram(b: Array) -> Array:
+    return b @ jnp.swapaxes(b, -1, -2)
+
+
+def dpp_log_prob(L: Float[Array, "*B S S"], chosen: Bool[Array, "*B S"], *, jitter: float = JITTER) -> Float[Array, "*B"]:
     """log P(Y) = log det(L_Y + j I) - log det(L + I).
 
     chosen: True at the members of Y. jitter: j over the mean of L_Y's diagonal; keeps log and gradient finite where two members
@@ -71,6 +83,16 @@ def dpp_log_prob(L: Float[Array, "*B S S"], chosen: Bool[Array, "*B S"], *, jitt
     """
     if L.shape[-2:] != chosen.shape[-1:] * 2:
         raise ValueError(f"chosen: a kernel {L.shape} needs one entry per position, [..., {L.shape[-1]}], got {chosen.shape}")
+    return _log_det_of_set(L, chosen, jitter) - _log_det_with_one(L)
+
+
+def _log_det_with_one(L: Array) -> Array:
+    """log det(L + I)"""
+    return jnp.linalg.slogdet(L + jnp.eye(L.shape[-1], dtype=L.dtype))[1]
+
+
+def _log_det_of_set(L: Array, chosen: Array, jitter: float) -> Array:
+    """log det(L_Y + j I)"""
     one = jnp.eye(L.shape[-1], dtype=L.dtype)
     both = chosen[..., :, None] & chosen[..., None, :]
     # The other positions become rows and columns of the identity, which leave the determinant alone.
@@ -79,7 +101,7 @@ def dpp_log_prob(L: Float[Array, "*B S S"], chosen: Bool[Array, "*B S"], *, jitt
     # Members that all have no quality at all still leave something to divide by.
     ridge = jitter * jnp.maximum(mean, jnp.finfo(L.dtype).eps ** 4)[..., None, None]
     sign, log_det = jnp.linalg.slogdet(jnp.where(both, L + ridge * one, one))
-    return jnp.where(sign > 0, log_det, -jnp.inf) - jnp.linalg.slogdet(L + one)[1]
+    return jnp.where(sign > 0, log_det, -jnp.inf)
 
 
 def greedy_map_dpp(
@@ -160,10 +182,9 @@ def micro_dpp_loss(
         raise ValueError(f"stride and m: must be at least 1, got stride={stride} and m={m}")
     q = _quality(A, e, source_mask, target_mask)
     size = q.shape[-1]
-    rank, spread = _every(stride, key, q, source_mask)
-    # Candidates first, in their order; the places left have no quality, so that they are never picked.
-    candidates = jnp.argsort(jnp.where(spread, rank, size), axis=-1)[:, : -(-size // stride)]
-    quality = jnp.take_along_axis(jnp.where(spread, q, 0), candidates, axis=-1)
+    # Places beyond the candidates have no quality, so that they are never picked.
+    candidates, real = _every(stride, key, q, source_mask)
+    quality = jnp.where(real, jnp.take_along_axis(q, candidates, axis=-1), 0)
     kernel = dpp_kernel(quality, jnp.take_along_axis(e, candidates[..., None], axis=1))
     picks, _ = greedy_map_dpp(jax.lax.stop_gradient(kernel), min(m, candidates.shape[-1]))
     chosen = jnp.where(picks == NONE, NONE, jnp.take_along_axis(candidates, picks, axis=-1))
@@ -197,14 +218,21 @@ def macro_dpp_loss(
     size = q.shape[-1]
     of_branch, of_start = jax.random.split(key)
     by_quality = jax.random.bernoulli(of_branch) if branch == "random" else branch == "quality"
-    _, spread = _every(stride, of_start, q, source_mask)
+    spread, of_spread = _every(stride, of_start, q, source_mask)
     best = jax.lax.top_k(q, min(top, size))[1]
-    chosen = jnp.where(by_quality, spread, jax.nn.one_hot(best, size, dtype=bool).any(-2))
-    if source_mask is not None:
-        chosen &= source_mask
+    of_best = jnp.ones(best.shape, bool) if source_mask is None else jnp.take_along_axis(source_mask, best, axis=-1)
+    most = max(spread.shape[-1], best.shape[-1])
+
+    def either(spread: Array, best: Array) -> Array:
+        spread, best = (jnp.pad(x, ((0, 0), (0, most - x.shape[-1]))) for x in (spread, best))
+        return jnp.where(by_quality, spread, best)
+
+    members, real = either(spread, best), either(of_spread, of_best)
     fixed_q, fixed_e = jax.lax.stop_gradient((q, e))
-    kernel = dpp_kernel(jnp.where(by_quality, q, fixed_q), jnp.where(by_quality, fixed_e, e))
-    return -dpp_log_prob(kernel, chosen)
+    b = _scaled(jnp.where(by_quality, q, fixed_q), jnp.where(by_quality, fixed_e, e))
+    of_set = _log_det_of_set(_gram(jnp.take_along_axis(b, members[..., None], axis=1)), real, JITTER)
+    # det(b bᵀ + I) = det(bᵀ b + I): the smaller of the two is factorised.
+    return _log_det_with_one(_gram(jnp.swapaxes(b, -1, -2) if e.shape[-1] < size else b)) - of_set
 
 
 def attention_coverage(
@@ -237,12 +265,15 @@ def _mean_over_steps(A: Array, source_mask: Array | None, target_mask: Array | N
     return q / jnp.where(total > 0, total, 1)
 
 
-def _every(stride: int, key: Array, q: Array, source_mask: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """(rank among the real positions, whether it is an every stride-th of them, from a random start that the row has)."""
+def _every(stride: int, key: Array, q: Array, source_mask: Array | None) -> tuple[Int[Array, "B C"], Bool[Array, "B C"]]:
+    """Every stride-th real position from a random start that the row has, in order, and True; beyond them any, and False."""
+    size = q.shape[-1]
     real = jnp.ones(q.shape, bool) if source_mask is None else source_mask
     rank = jnp.cumsum(real, axis=-1) - 1
-    start = jax.random.randint(key, (), 0, min(stride, q.shape[-1])) % jnp.clip(real.sum(-1, keepdims=True), 1, stride)
-    return rank, real & (rank % stride == start)
+    start = jax.random.randint(key, (), 0, min(stride, size)) % jnp.clip(real.sum(-1, keepdims=True), 1, stride)
+    spread = real & (rank % stride == start)
+    places = jnp.argsort(jnp.where(spread, rank, size), axis=-1)[:, : -(-size // stride)]
+    return places, jnp.take_along_axis(spread, places, axis=-1)
 
 
 def _quality(A: Array, e: Array, source_mask: Array | None, target_mask: Array | None) -> Array:
@@ -346,7 +377,7 @@ PAPER = Paper(
     picture=_picture,
     costs={
         "multiply-adds of the micro loss": "B * (S / 20) ** 2 * D + 20 ** 2 * B * S / 20",
-        "multiply-adds of the macro loss": "B * S ** 2 * D + 2 * B * S ** 3 / 3",
+        "multiply-adds of the macro loss": "B * S * D * min(S, D) + B * min(S, D) ** 3 / 3",
         "at inference": "0",
     },
     code="thinkwee/DPP_CNN_Summarization",

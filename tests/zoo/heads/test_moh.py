@@ -294,3 +294,14 @@ def test_bad_calls():
 def test_three_quarters_of_the_heads_are_active_by_default(heads, h_s, k):
     mixer = MixtureOfHeadAttention(2 * heads, heads, rngs=nnx.Rngs(0))
     assert (mixer.shared_heads, mixer.top_k) == (h_s, k)
+
+
+def test_compiled_the_tuned_router_costs_no_second_query_projection():
+    x = jnp.zeros((2, 32, D))
+
+    def flops(mixer):
+        graphdef, state = nnx.split(mixer)
+        return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, x).compile().cost_analysis()["flops"]
+
+    projection = 2 * x.size * N * H
+    assert flops(build(2, 4, "tuned")) < flops(plain()) + projection / 2

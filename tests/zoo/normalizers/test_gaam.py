@@ -44,9 +44,9 @@ def u(rng):
 def layer(num_heads, num_gaussians=3, **options):
     """A layer whose deltas are not 0."""
     made = MultiHeadGaussianAdaptiveAttention(num_heads, num_gaussians, rngs=nnx.Rngs(0), **options)
-    for i, head in enumerate(made.heads):
-        head.delta[...] = (jnp.linspace(-0.5, 1, num_gaussians) + 0.1 * i).astype(head.delta.dtype)
-        head.c[...] = (jnp.linspace(0.8, 2, num_gaussians) + 0.1 * i).astype(head.c.dtype)
+    shifts = 0.1 * jnp.arange(num_heads)[:, None]
+    for parameter, least, most in ((made.delta, -0.5, 1), (made.c, 0.8, 2)):
+        parameter[...] = (jnp.linspace(least, most, num_gaussians) + shifts).astype(parameter.dtype)
     return made
 
 
@@ -75,9 +75,10 @@ def test_every_head_gives_its_chunk_a_weight_of_one(rng, axis):
     assert y.shape == x.shape and y.dtype == x.dtype
     np.testing.assert_allclose(y, x * module.weights(x), atol=1e-7)
     # Heads are chunks of the axis, each with its own parameters.
-    chunk = np.moveaxis(np.asarray(x), axis, -1)[..., edges[3] :]
-    head = module.heads[3]
-    np.testing.assert_allclose(m[..., edges[3] :], plain(chunk, head.delta[...], head.c[...]), atol=1e-6)
+    moved = np.moveaxis(np.asarray(x), axis, -1)
+    for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+        expected = plain(moved[..., start:stop], module.delta[i], module.c[i])
+        np.testing.assert_allclose(m[..., start:stop], expected, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
@@ -160,8 +161,7 @@ def test_constant_chunks_are_uniform_and_dtypes_stay():
     # Parameters of few digits are not calculated with in few digits.
     low = layer(2, param_dtype=jnp.bfloat16)
     wide = layer(2)
-    for head, other in zip(low.heads, wide.heads, strict=True):
-        other.delta[...], other.c[...] = (jnp.asarray(p[...], jnp.float32) for p in (head.delta, head.c))
+    wide.delta[...], wide.c[...] = (jnp.asarray(p[...], jnp.float32) for p in (low.delta, low.c))
     np.testing.assert_array_equal(low.weights(x), wide.weights(x))
     np.testing.assert_allclose(module(x).astype(jnp.float32), module(x.astype(jnp.float32)), rtol=1e-2)
 
@@ -219,8 +219,8 @@ def test_block(rng):
     first, second = block.layers
     h = first(x) + x
     np.testing.assert_array_equal(block(x), second(h) + h)
-    assert (first.axis, len(first.heads), first.heads[0].c.shape) == (1, 2, (3,))
-    assert (second.axis, len(second.heads), second.heads[0].c.shape) == (2, 4, (1,))
+    assert (first.axis, first.c.shape) == (1, (2, 3))
+    assert (second.axis, second.c.shape) == (2, (4, 1))
     for got, expected in zip(block.weights(x), (first.weights(x), second.weights(h)), strict=True):
         np.testing.assert_array_equal(got, expected)
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)))
@@ -299,9 +299,9 @@ def test_parity_with_the_authors_package(rng, double, padding):
         mine = MultiHeadGaussianAdaptiveAttention(
             4, 3, axis=1, padding_value=padding, mode="reference", param_dtype=dtype, rngs=nnx.Rngs(0)
         )
-        for head, module in zip(mine.heads, other.attention_heads, strict=True):
-            delta, c = rng.normal(size=3) / 2, 0.7 + rng.random(3)
-            head.delta[...], head.c[...] = jnp.asarray(delta, dtype), jnp.asarray(c, dtype)
+        deltas, cs = rng.normal(size=(4, 3)) / 2, 0.7 + rng.random((4, 3))
+        mine.delta[...], mine.c[...] = jnp.asarray(deltas, dtype), jnp.asarray(cs, dtype)
+        for delta, c, module in zip(deltas, cs, other.attention_heads, strict=True):
             module.mean_offsets.data, module.c.data = (torch.tensor(v, dtype=module.c.dtype) for v in (delta, c))
         x_t = torch.tensor(x, requires_grad=True)
         y_t, m_t = other(x_t, return_attention_details=True)
@@ -316,10 +316,9 @@ def test_parity_with_the_authors_package(rng, double, padding):
         np.testing.assert_allclose(mine.weights(jnp.asarray(x)), m_t, atol=atol)
         np.testing.assert_allclose(dx, x_t.grad, atol=atol, rtol=atol)
         for i, module in enumerate(other.attention_heads):
-            np.testing.assert_allclose(of_module.heads[i].delta[...], module.mean_offsets.grad, atol=atol, rtol=atol)
-            np.testing.assert_allclose(of_module.heads[i].c[...], module.c.grad, atol=atol, rtol=atol)
-        for head in mine.heads:
-            head.mode = "log"
+            np.testing.assert_allclose(of_module.delta[i], module.mean_offsets.grad, atol=atol, rtol=atol)
+            np.testing.assert_allclose(of_module.c[i], module.c.grad, atol=atol, rtol=atol)
+        mine.mode = "log"
         total = np.add.reduceat(m_t.numpy(), [0, 3, 6, 9], axis=1)
         unclamped = np.repeat(np.abs(total - 1) < 1e-5, [3, 3, 3, 5], axis=1)
         assert unclamped.mean() > 0.5

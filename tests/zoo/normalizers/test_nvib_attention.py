@@ -321,6 +321,9 @@ def test_sampling_mixer(rng):
     again = [nnx.clone(mixer) for _ in range(2)]
     y, changed = (run(m, inputs) for m, inputs in zip(again, (x, x.at[:, 3:].add(1)), strict=True))
     np.testing.assert_allclose(changed[:, :3], y[:, :3], atol=1e-5)
+    still = nnx.view(mixer, deterministic=True)
+    np.testing.assert_array_equal(run(still, x), run(closed, x))
+    assert np.abs(run(mixer, x) - run(closed, x)).max() > 1e-3  # the mixer itself goes on sampling
     mixer.eval()
     np.testing.assert_array_equal(run(mixer, x), run(closed, x))
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from attnzoo.core.attention import attention
-from attnzoo.core.masks import Causal, Lengths
+from attnzoo.core.masks import Causal, Lengths, SlidingWindow
 from attnzoo.core.positions import RoPE
 from attnzoo.core.weights import Relaxed
 from attnzoo.zoo.normalizers.relaxed_attention import (
@@ -141,7 +141,7 @@ def test_fused_form_computes_no_more_than_it_has_to():
         f = jax.jit(lambda q, k, v: attention(q, k, v, mask=mask, backend="dense", **options))
         return f.lower(x, x, x).cost_analysis()["flops"]
 
-    for mask, gamma, most in ((None, 0.3, 1.1), (Causal(), 0.0, 1.01), (Causal(), 0.3, 2.0)):
+    for mask, gamma, most in ((None, 0.3, 1.1), (Causal(), 0.0, 1.01), (Causal(), 0.3, 1.1), (SlidingWindow(9), 0.3, 2.0)):
         assert flops(mask, weights=Relaxed(gamma)) < most * flops(mask)
 
 
@@ -212,14 +212,16 @@ def test_training_only_unless_matched(x):
         plain, mixer = pair(mode=mode, gamma=0.3)
         y = run(plain, x)
         for relaxes, switch in ((in_training, mixer.train), (in_inference, mixer.eval)):
+            seen_as = nnx.view(mixer, deterministic=switch == mixer.eval)
             switch()
-            if relaxes:
-                assert np.abs(run(mixer, x) - y).max() > 1e-2
-                np.testing.assert_allclose(
-                    mixer.attention_weights(x), relax_weights(plain.attention_weights(x), 0.3), atol=1e-6
-                )
-            else:
-                np.testing.assert_array_equal(run(mixer, x), y)
+            for model in (mixer, seen_as):
+                if relaxes:
+                    assert np.abs(run(model, x) - y).max() > 1e-2
+                    np.testing.assert_allclose(
+                        model.attention_weights(x), relax_weights(plain.attention_weights(x), 0.3), atol=1e-6
+                    )
+                else:
+                    np.testing.assert_array_equal(run(model, x), y)
 
 
 @pytest.mark.parametrize(

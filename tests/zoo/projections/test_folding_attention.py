@@ -228,6 +228,25 @@ def test_streaming_goes_on_at_the_ends_of_chunks(x):
         np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), run(mixer, x[:, :3]), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "size", "room"), [({}, 2, 4), ({}, 4, 6), ({"causal": True}, 1, 4), ({"causal": True}, 3, 6)]
+)
+def test_a_rolling_cache_serves_a_stream_without_end(rng, options, size, room):
+    """`room` tokens are the least that pieces of `size` need, of which each sees its chunk of 2 and the one before."""
+    length = 24
+    x = jnp.asarray(rng.normal(size=(B, length, D)), jnp.float32)
+    mixer = build(streaming=(2, 1), positions=RoPE(), **options)
+    cache, outputs = mixer.init_cache(B, room, rolling=True), []
+    sizes = jax.tree.map(jnp.shape, cache)
+    for first in range(0, length, size):
+        y, cache = prefill(mixer, x[:, first : first + size], cache)
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), run(mixer, x), atol=1e-5)
+    assert jax.tree.map(jnp.shape, cache) == sizes and cache.slots == room * F
+    with pytest.raises(ValueError, match=f"x: a rolling cache of {room} tokens takes {size} at a time, got {size + 1}"):
+        jax.eval_shape(lambda: mixer.prefill(x[:, : size + 1], cache))
+
+
 def test_streaming_mask():
     t = np.arange(9)
     chunk = t // 3
@@ -355,6 +374,8 @@ def test_blocks(x):
         (lambda: FoldingAttention(30, 10, factor=3, rngs=nnx.Rngs(0)), "factor: the 10 heads .* among 3 sub-tokens"),
         (lambda: build(strict_subtoken_causal=True), "strict_subtoken_causal: .* causal or streaming"),
         (lambda: build(streaming=(2, 1))(jnp.zeros((1, 2, D)), memory=jnp.zeros((1, 3, D))), "memory"),
+        (lambda: build(streaming=(2, 1)).init_cache(1, 3, rolling=True), "rolling: .*at least the 4 tokens .* length=3"),
+        (lambda: build(causal=True).init_cache(1, 9, rolling=True), "rolling: .*needs a streaming mixer"),
         (
             lambda: build().init_cache(1, 2, memory=jnp.zeros((1, 3, D)), memory_mask=jnp.ones((1, 2), bool)),
             r"memory_mask: .* memory \(1, 3, 16\) is needed: \(1, 3\), got \(1, 2\)",

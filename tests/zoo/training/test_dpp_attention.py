@@ -248,6 +248,11 @@ def test_macro_loss(attended):
             L_Y = L[np.ix_(members, members)]
             of_set = np.linalg.slogdet(L_Y + 1e-5 * np.trace(L_Y) / len(members) * np.eye(len(members)))[1]
             np.testing.assert_allclose(loss[row], np.linalg.slogdet(L + np.eye(60))[1] - of_set, rtol=1e-3)
+    # Vectors of more dimensions than there are positions: the other of two determinants, of the same value.
+    wide = jnp.pad(e, ((0, 0), (0, 0), (0, 60)))
+    np.testing.assert_allclose(macro_dpp_loss(A, wide, key, branch="quality", **options), quality, rtol=1e-5)
+    program = str(jax.make_jaxpr(lambda A, e: macro_dpp_loss(A, e, key))(A, e))
+    assert "f32[2,8,8]" in program and "60,60]" not in program
     of_A, of_e = (jax.jit(jax.grad(lambda A, e, b=b: macro_dpp_loss(A, e, key, branch=b, **options).sum(), (0, 1))) for b in
                   ("quality", "diversity"))  # fmt: skip
     dA, de = of_A(A, e)
