@@ -99,6 +99,7 @@ def _run(request: Request, backend: str) -> Any:
         uniform = not request.weights.reads_logits and request.score is None
         if uniform:
             # Any finite logits do. (Zeros would do too, but compilers multiply constants out while they compile.)
+            request = request.gathered()
             request = dataclasses.replace(request, q=request.q[..., :1], k=request.k[..., :1])
         divided = context_division(request.geometry)
         if divided is not None:
