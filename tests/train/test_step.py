@@ -69,10 +69,10 @@ def test_parts_of_a_batch_make_the_step_of_the_batch(task, mesh, tiny, replaced)
     other = parts.init()
     with on_mesh(parts.mesh):
         found = jax.jit(parts._gradients)(other.params, other.rest, parts.put(batch))
-    assert float(found[2]["loss"]) == pytest.approx(float(expected[2]["loss"]), abs=1e-6)
+    assert float(found[2]["loss"]) == pytest.approx(float(expected[2]["loss"]), rel=1e-6)
     assert_close(found[0], expected[0], atol=1e-6)
     losses = [run(each, 3)[0] for each in (whole, parts)]
-    np.testing.assert_allclose(*losses, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def test_each_part_draws_its_own_dropout(tiny, replaced):
@@ -120,8 +120,8 @@ def test_the_average_is_what_is_evaluated(tiny, replaced):
     trainer, plain = trainer_of(config), trainer_of(tiny)
     losses, state = run(trainer, 6)
     expected, other = run(plain, 6)
-    assert losses == expected
-    assert_close(state.params, other.params, atol=0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)  # of two programs, which may round differently
+    assert_close(state.params, other.params, atol=1e-7)
     batches = list(trainer.task.validation_batches())[:2]
     found = trainer.evaluate(state, batches)
     assert found == trainer.evaluate(state._replace(params=state.ema), batches)
