@@ -369,7 +369,7 @@ PAPER = Paper(
         "The formulas are this library's choice, consistent with the paper's abstract. The language model uses one graph for "
         "all rows: a graph made from a row's own tokens, as FeatureGraph's dynamic part makes it, would show a causal model "
         "the value it is to predict. In the claim, the number of steps, the summed cross-entropy and the margin were "
-        "settled after a look at seeds 0 and 1, where the graph seemed to decide. With fresh seeds, 2 and 3, the plain model has "
-        "learned the dependencies too by then, and the two cannot be told apart."
+        "settled after a look at seeds 0 and 1, where the graph seemed to decide. With fresh seeds, 2 and 3, the plain model "
+        "has learned the dependencies too by then, and the two cannot be told apart."
     ),
 )
