@@ -108,10 +108,11 @@ def _run(request: Request, backend: str) -> Any:
             one = dataclasses.replace(request.geometry, queries=1, q_positions=None)
             row = _run(dataclasses.replace(request, q=request.q[:, :1], geometry=one), backend)
             return _repeated(row, request.geometry.queries)
-        if uniform and (counts := _prefixes(request)) is not None:
-            return _prefix_means(request.v, counts, request.geometry)
         reasons = refusals(request)
         name, reason = choose(request, backend, reasons)
+        if uniform and (counts := _prefixes(request)) is not None:
+            record(name, "uniform weights over the first keys are running means, of which no backend is asked", reasons)
+            return _prefix_means(request.v, counts, request.geometry)
         record(name, reason, reasons)
         return BACKENDS[name].run(request if name == "pallas" else request.gathered())
     if request.return_lse:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnzoo.core.cells import Bound, Geometry
+from attnzoo.core.cells import Bound, Geometry, concrete
 from attnzoo.core.dropout import Dropout, dropout_seed
 from attnzoo.core.masks import Array as ArrayMask
 from attnzoo.core.masks import Function as FunctionMask
@@ -91,7 +91,7 @@ def make_request(
         batch = int(np.prod(lead))
         q, k, v = (x.reshape(batch, *x.shape[-3:]) for x in (q, k, v))
     else:
-        lead, pages = q.shape[:1], _as_pages(pages, q, k, v)
+        lead, pages = q.shape[:1], _as_pages(pages, q, k, v, kv_positions is not None)
         batch, keys = q.shape[0], pages.shape[1] * k.shape[1]
     g = Geometry(
         batch, q.shape[2], k.shape[2], q.shape[1], keys,
@@ -119,7 +119,8 @@ def make_request(
     return request, lead
 
 
-def _as_pages(pages: Any, q: Array, k: Array, v: Array) -> Array:
+def _as_pages(pages: Any, q: Array, k: Array, v: Array, placed: bool) -> Array:
+    """placed: whether keys carry positions, which hide the slots of pages that a row has not."""
     pages = jnp.asarray(pages)
     if not jnp.issubdtype(pages.dtype, jnp.integer):
         raise TypeError(f"pages has dtype {pages.dtype}; a block table holds integers")
@@ -131,6 +132,11 @@ def _as_pages(pages: Any, q: Array, k: Array, v: Array) -> Array:
     _check_shapes(q[:1], k[:1], v[:1])
     if k.shape[0] != v.shape[0]:
         raise ValueError(f"pages: the pools k and v must have as many pages as each other, got {shapes}")
+    known = concrete(pages)
+    if known is not None and not ((known >= -1) & (known < k.shape[0])).all():
+        raise ValueError(f"pages: the pools have pages 0 to {k.shape[0] - 1} (-1: none), got {known.min()} to {known.max()}")
+    if known is not None and (known < 0).any() and not placed:
+        raise ValueError("pages: rows that lack pages (-1) need kv_positions, -1 at the slots of those, to hide them")
     return pages.astype(jnp.int32)
 
 

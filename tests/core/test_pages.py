@@ -80,4 +80,8 @@ def test_bad_tables():
         attention(q, k, v, pages=TABLE[0])
     with pytest.raises(ValueError, match="as many pages as each other"):
         attention(q, k, v[:3], pages=TABLE)
+    with pytest.raises(ValueError, match=r"pages 0 to 4 \(-1: none\), got -1 to 5"):
+        attention(q, k, v, pages=TABLE.at[1, 0].set(5), **positions(128))
+    with pytest.raises(ValueError, match="need kv_positions"):
+        attention(q, k, v, pages=TABLE)
     assert "blockwise" in str(explain(q, k, v, pages=TABLE, backend="blockwise", **positions(128)))

@@ -52,7 +52,7 @@ def most_runs(rows_and_heads: int, keys: int) -> int:
 
 
 def holds_pages(entries: int) -> bool:
-    return False  # the kernels read [B, S, K, H], and a pool in the order of a cache would have to be turned for them
+    return False  # these kernels know no block table
 
 
 def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | None) -> str | None:
