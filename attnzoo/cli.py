@@ -16,6 +16,7 @@ from pathlib import Path
 
 from attnzoo import card, catalog, costs
 from attnzoo.errors import unknown
+from attnzoo.host_memory import keep_freed
 
 _DESCRIPTION = """\
 Attention for JAX that you can change anywhere, and a zoo of attention papers built on it.
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args[0] not in _COMMANDS:
             raise unknown("command", args[0], _COMMANDS)
+        keep_freed()
         return _COMMANDS[args[0]](args[1:]) or 0
     except BrokenPipeError:  # `attnzoo list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

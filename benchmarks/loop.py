@@ -44,9 +44,9 @@ class Watched(Trainer):
         self.began, self.ended = [], []
         watched.append(self)
 
-        def timed(state, batch):
+        def timed(leaves, batch):
             self.began.append(_now())
-            result = jax.block_until_ready(step(state, batch))
+            result = jax.block_until_ready(step(leaves, batch))
             self.ended.append(_now())
             return result
 
@@ -84,10 +84,10 @@ def measure(config: Config) -> Measured:
     finally:
         train.loop.Trainer = usual  # type: ignore[misc]
     trainer, first = watched[0], config.log_every
-    state, batch = trainer.init(), trainer.put(next(iter(trainer.task.batches())))
+    leaves, batch = trainer.leaves(trainer.init()), trainer.put(next(iter(trainer.task.batches())))
     with on_mesh(trainer.mesh, trainer.exchange):
         for _ in range(config.steps // 2):
-            state, _ = trainer.train_step(state, batch)
+            leaves, _ = trainer.step_leaves(leaves, batch)
     steps = [end - begin for (begin, _), (end, _) in zip(trainer.began, trainer.ended, strict=True)]
     between = list(zip(trainer.ended, trainer.began[1:], strict=False))[first : config.steps - 1]
     return Measured(

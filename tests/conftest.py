@@ -22,6 +22,10 @@ import hypothesis
 import numpy as np
 import pytest
 
+from attnzoo.host_memory import keep_freed
+
+keep_freed()
+
 # Compilation makes the first example slow, so no deadlines; the same examples on every run and machine.
 hypothesis.settings.register_profile(
     "attnzoo",

@@ -113,8 +113,9 @@ class _Run:
         self.folder, self.console = folder, console
         self.first, self.alone = processes.index() == 0, processes.count() == 1
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, Keep(config.checkpoint.keep, config.checkpoint.best))
-        self.data = iter(task.batches(put=trainer.put))
-        self.state, self.step = self._start()
+        self.data = iter(task.batches(trainer.rows, trainer.put))
+        state, self.step = self._start()
+        self.leaves = trainer.leaves(state)
         self.start = self.step
         self.metrics = Metrics(folder, keep=self.step) if self.first else NoMetrics()
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -123,6 +124,10 @@ class _Run:
         self.scored: int | None = None  # the step after which it was
         best = self.checkpoints.best()
         self.best = -math.inf if best is None else best[1]
+
+    @property
+    def state(self) -> TrainState:
+        return self.trainer.state(self.leaves)
 
     def _start(self) -> tuple[TrainState, int]:
         steps = self.checkpoints.steps()
@@ -141,7 +146,7 @@ class _Run:
             clock = time.monotonic()
             stopped = processes.anywhere(interrupted())
             while self.step < steps and not stopped:
-                self.state, metrics = self.trainer.train_step(self.state, next(self.data))
+                self.leaves, metrics = self.trainer.step_leaves(self.leaves, next(self.data))
                 self.step += 1
                 self.pending.append((self.step, metrics))
                 at_end = self.step == steps
@@ -238,7 +243,8 @@ class _Run:
         score = self.score if self.score and finished else {}
         if finished and not score:  # resumed after the last step
             score = self.trainer.evaluate(self.state, self.task.validation_batches())
-        model = self.trainer.model(self.state.weights, self.state.rest) if finished else None
+        state = self.state
+        model = self.trainer.model(state.weights, state.rest) if finished else None
         shown = finished and self.first
         baselines = self.task.baselines() if shown else {}
         sample = self.task.closing(model) if shown and model is not None else ("", "")

@@ -45,7 +45,7 @@ class PmapTrainer(Trainer):
 
     def _compile(self) -> Callable[..., Any]:
         devices = list(self.mesh.devices.flat)
-        step = jax.pmap(self._step, _AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
+        step = jax.pmap(self._step_leaves, _AXIS, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
         nowhere = Mesh(np.empty((), object), ())  # a pmap makes its own mesh, and refuses to run within another
 
         def run(*arguments: Any) -> Any:

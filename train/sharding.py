@@ -132,15 +132,32 @@ def batch_sharding(name: str, sequence: frozenset[str], mesh: Mesh) -> NamedShar
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def put_batch(batch: dict[str, np.ndarray], sequence: frozenset[str], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch on the mesh.
+def rows_here(batch: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch that devices of this process hold, in order."""
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    held = np.zeros(batch, bool)
+    for index in sharding.addressable_devices_indices_map((batch,)).values():
+        held[index] = True
+    return np.flatnonzero(held)
 
-    Every process holds the same global batch and hands over the part its devices need.
-    """
+
+def put_batch(
+    batch: dict[str, np.ndarray], sequence: frozenset[str], mesh: Mesh, part_of: tuple[np.ndarray, int] | None = None
+) -> dict[str, jax.Array]:
+    """A batch on the mesh. part_of: which rows these are of a batch of how many, at least :func:`rows_here` (None: all)."""
 
     def put(name: str, value: np.ndarray) -> jax.Array:
         sharding = batch_sharding(name, sequence, mesh)
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        if part_of is None:
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        rows, size = part_of
+
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(size)
+            at = np.searchsorted(rows, (first, last))
+            return value[(slice(*at), *index[1:])]
+
+        return jax.make_array_from_callback((size, *value.shape[1:]), sharding, part)
 
     return {name: put(name, value) for name, value in batch.items()}
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from attnzoo.nn.auxiliary import collecting, objective
 from train.config import Config
 from train.optimizers import averaged, learning_rate, make_optimizer
-from train.sharding import batch_sharding, on_mesh, put_batch, shardings
+from train.sharding import batch_sharding, on_mesh, put_batch, rows_here, shardings
 from train.tasks.base import Batch, Task
 
 
@@ -52,6 +52,9 @@ def one_at_a_time(compiled: Callable[..., Any], mesh: Mesh) -> Callable[..., Any
 Arrays = dict[str, jax.Array]
 """By name: a batch, or what a step measured."""
 
+Leaves = tuple[jax.Array, ...]
+"""Of a `TrainState`, in the order of its tree."""
+
 
 def _parts(values: jax.Array, count: int) -> jax.Array:
     """[B, ...] -> [count, B / count, ...]: every count-th row, so that each device cuts its own rows and none travel."""
@@ -74,8 +77,9 @@ class Trainer:
         self.shardings: TrainState = shardings(self.abstract, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
         self._whole = NamedSharding(mesh, PartitionSpec())  # metrics: every process has them
+        self._structure = jax.tree.structure(self.abstract)
         self._compiled_step: Any = self._compile()
-        self.train_step = one_at_a_time(self._compiled_step, mesh)
+        self.step_leaves: Callable[[Leaves, Arrays], tuple[Leaves, Arrays]] = one_at_a_time(self._compiled_step, mesh)
         self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate, out_shardings=self._whole), mesh)
 
     def init(self, seed: int | None = None) -> TrainState:
@@ -83,20 +87,39 @@ class Trainer:
         with on_mesh(self.mesh, self.exchange):
             return jax.jit(functools.partial(self._init, seed), out_shardings=self.shardings)()
 
+    def leaves(self, state: TrainState) -> Leaves:
+        """The arrays of a state: what `step_leaves` takes and returns, and a loop holds at less cost than modules' trees."""
+        return tuple(jax.tree.leaves(state))
+
+    def state(self, leaves: Leaves) -> TrainState:
+        """The state that these are the `leaves` of."""
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def train_step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
+        """The state after one more step, and what was measured; the given state's arrays are given up."""
+        leaves, metrics = self.step_leaves(self.leaves(state), batch)
+        return self.state(leaves), metrics
+
     def trace(self, batch: dict[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
         """The training step for batches of these shapes, to be lowered; its mesh may be one of devices that are not here."""
 
         def laid(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        state = jax.tree.map(laid, self.abstract, self.shardings)
+        state = self.leaves(jax.tree.map(laid, self.abstract, self.shardings))
         placed = {name: laid(x, batch_sharding(name, self.task.sequence, self.mesh)) for name, x in batch.items()}
         with on_mesh(self.mesh, self.exchange):
             return self._compiled_step.trace(state, placed)
 
+    @functools.cached_property
+    def rows(self) -> Int[np.ndarray, "R"] | None:
+        """The rows of a training batch that this process has to make, None for all: those its devices hold."""
+        return None if jax.process_count() == 1 else rows_here(self.task.config.batch, self.mesh)
+
     def put(self, batch: Batch) -> Arrays:
-        """A training batch on the mesh."""
-        return put_batch(batch, self.task.sequence, self.mesh)
+        """The `rows` of a training batch on the mesh."""
+        part_of = None if self.rows is None else (self.rows, self.task.config.batch)
+        return put_batch(batch, self.task.sequence, self.mesh, part_of)
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's validation metrics over all batches."""
@@ -125,7 +148,12 @@ class Trainer:
         return TrainState(params, rest, self.optimizer.init(params), jnp.zeros((), jnp.int32), ema)
 
     def _compile(self) -> Callable[..., Any]:
-        return jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._whole))
+        placed = tuple(jax.tree.leaves(self.shardings))
+        return jax.jit(self._step_leaves, donate_argnums=0, out_shardings=(placed, self._whole))
+
+    def _step_leaves(self, leaves: Leaves, batch: Arrays) -> tuple[Leaves, Arrays]:
+        state, metrics = self._step(self.state(leaves), batch)
+        return self.leaves(state), metrics
 
     def _step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
         gradients, rest, metrics = self._gradients(state.params, state.rest, batch)

@@ -34,10 +34,10 @@ def test_metrics_are_read_only_where_they_are_logged(tiny, replaced, tmp_path, m
         def _compile(self):
             step = super()._compile()
 
-            def watched(state, batch):
-                state, metrics = step(state, batch)
+            def watched(leaves, batch):
+                leaves, metrics = step(leaves, batch)
                 steps.append(1)
-                return state, {name: OnDevice(value, reads, lambda: len(steps)) for name, value in metrics.items()}
+                return leaves, {name: OnDevice(value, reads, lambda: len(steps)) for name, value in metrics.items()}
 
             return watched
 

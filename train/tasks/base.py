@@ -130,29 +130,23 @@ class Task(ABC):
     def closing(self, model: nnx.Module) -> tuple[str, str]:
         """(title, text) of something to look at: what the trained model does with an example."""
 
-    def step_batches(self, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
+    def step_batches(self, rows: Int[np.ndarray, "R"] | None = None) -> grain.MapDataset:
         """Endless training batches by their number: `[i]` is what step i trains on, counted from 0.
 
-        The global batch is a function of the seed and i alone: a permutation of the examples per epoch, one after the
-        other, cut into batches. Of several processes each gets an equal part of its rows, in the order of their indices.
-        Raises ValueError when there are not as many for each.
+        The batch is a function of the seed and i alone: a permutation of the examples per epoch, one after the other, cut into
+        batches.
+        rows: those of each batch to make, `Trainer.rows` of a process among several. By default all.
         """
-        examples, batch = self.examples(), self.config.batch
-        if batch % process_count:
-            raise ValueError(f"--batch: {batch} examples do not divide over {process_count} processes")
-        share = batch // process_count
-        part = slice(process_index * share, (process_index + 1) * share)
-        order = grain.MapDataset.range(len(examples)).seed(self.config.seed).shuffle().repeat().batch(batch)
-        return order.map(lambda indices: examples.rows(indices[part]))
+        examples = self.examples()
+        order = grain.MapDataset.range(len(examples)).seed(self.config.seed).shuffle().repeat().batch(self.config.batch)
+        return order.map(lambda indices: examples.rows(indices if rows is None else indices[rows]))
 
-    def batches(
-        self, process_index: int = 0, process_count: int = 1, put: Callable[[Batch], Any] | None = None
-    ) -> grain.IterDataset:
+    def batches(self, rows: Int[np.ndarray, "R"] | None = None, put: Callable[[Batch], Any] | None = None) -> grain.IterDataset:
         """`step_batches` in order, each made ahead by a thread; an iterator over it can be saved and restored.
 
         put: what the thread does with a batch, so that it comes as what this returns; `Trainer.put` brings it to the devices.
         """
-        batches = self.step_batches(process_index, process_count)
+        batches = self.step_batches(rows)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return (batches if put is None else batches.map(put)).to_iter_dataset(options)
 
