@@ -43,8 +43,8 @@ _STRIP = 2**20
 class BlockMap:
     """``state [B|1, N|1, ceil(T/block_q), ceil(S/block_k)]`` int8: 0 empty, 1 partial, 2 full.
 
-    numpy when it is known now, a JAX array when it depends on traced values. ``how`` is "exact (runs)", "exact (probed)"
-    or "conservative".
+    numpy when it is known now, a JAX array when it depends on traced values. ``how`` is "exact (runs)", "exact (by the
+    mask)", "exact (probed)" or "conservative".
     """
 
     state: Any
@@ -112,6 +112,8 @@ def block_map(mask: Mask | None, g: Geometry, block_q: int, block_k: int) -> Blo
         else:  # slots may be empty
             state = np.full_like(state, PARTIAL)
         return BlockMap(state, g.queries, g.keys, block_q, block_k, how)
+    if g.plain and (known := mask.exact_states(g, block_q, block_k)) is not None:
+        return BlockMap(known, g.queries, g.keys, block_q, block_k, "exact (by the mask)")
     runs = mask.intervals(g)
     if runs is not None and runs.exact and g.kv_positions is None:
         state, how = states_of_runs(runs, g, block_q, block_k), "exact (runs)"

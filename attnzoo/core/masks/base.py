@@ -35,6 +35,11 @@ class Mask:
         """The keys each row sees as runs (of positions, for positional masks), or None if that is not how it is made."""
         return None
 
+    def exact_states(self, g: Geometry, block_q: int, block_k: int) -> Any | None:
+        """Tile states ``[B|1, N|1, nq, nk]`` where the mask knows a way to them of its own, else None. Exact, but rows that no
+        one reads need not count."""
+        return None
+
     @property
     def opaque(self) -> bool:
         """Whether nothing is known of it but its cells, so that without asking them every tile counts as partial."""

@@ -15,6 +15,14 @@ from attnzoo.core.intervals import MAX_RUNS, Intervals, span
 from attnzoo.core.masks.base import Mask, mask
 
 
+def window_along(xp: Any, length: Any, window: int, causal: bool, place: Any) -> tuple[Any, Any]:
+    """The first place that a token at ``place`` of so many along a line sees, and one past the last."""
+    if causal:
+        return xp.maximum(place - window + 1, 0), place + 1
+    start = xp.clip(place - window // 2, 0, length - window)
+    return start, start + window
+
+
 @mask()
 class Neighborhood(Mask):
     """Neighborhood attention (Hassani et al., 2023, arXiv 2204.07143; 2024, arXiv 2403.04690).
@@ -62,11 +70,7 @@ class Neighborhood(Mask):
         for x, k, d, causal in reversed(list(zip(self.shape, self.window, self.dilation, self.causal, strict=True))):
             i, index = index % x, index // x
             place, offset = i // d, i % d
-            if causal:
-                start, end = xp.maximum(place - k + 1, 0), place + 1
-            else:
-                start = xp.clip(place - k // 2, 0, (x - offset + d - 1) // d - k)
-                end = start + k
+            start, end = window_along(xp, (x - offset + d - 1) // d, k, causal, place)
             out.append((start, end, offset, d))
         return out[::-1]
 
