@@ -30,12 +30,17 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
-from attnzoo.core.cells import Geometry, concrete
+from attnzoo.core.cells import Bound, Geometry, Operand, concrete
 from attnzoo.core.masks.base import mask as pytree
-from attnzoo.core.weights import Weights
+from attnzoo.core.scores import Score
+from attnzoo.core.weights import HIDDEN, Pointwise, Thresholded
 
 #: Beyond this, e^-(a-1) log p leaves float32's range; such entries carry no weight that could be told from zero.
 _STEEP = 80.0
+#: Nearer to softmax, the form of a pass loses its digits.
+_NEAR = 1e-4
+#: A weight that no sum to 1 survives.
+_LARGE = 1e4
 
 
 def entmax(
@@ -92,11 +97,14 @@ def entmax15(x: Float[Array, "*B"], axis: int = -1, where: Bool[Array, "*#B"] | 
 
 
 @pytree(leaves=("alpha",))
-class Entmax(Weights):
-    """alpha-entmax over the visible keys, a weight map of `attention`. It needs whole rows, so "dense" runs it.
+class Entmax(Thresholded):
+    """alpha-entmax over the visible keys, a weight map of `attention`.
 
-    alpha: a number (1.5 and 2 are computed exactly by sorting), or an array ``[N]``, one per query head, which may be
-    learned.
+    "dense" holds whole rows (1.5 and 2 are then computed exactly by sorting). Backends that work by tiles find the threshold
+    u of each row by passes over them.
+
+    alpha: a positive number, or an array ``[N]``, one per query head, which may be learned. By tiles, an alpha within 1e-4
+        of 1 counts as 1 + 1e-4, whose weights differ by less than 1e-4.
     """
 
     alpha: float | Float[Array, " N"] = 1.5
@@ -105,13 +113,79 @@ class Entmax(Weights):
         if isinstance(self.alpha, int | float) and self.alpha in (1.5, 2):
             exact = sparsemax if self.alpha == 2 else entmax15
             return exact(s, where=ok)
+        return entmax(s, self._alphas(g)[0], where=ok)
+
+    def _alphas(self, g: Geometry) -> Float[Array, "1 N|1 1 1"]:
         alpha = jnp.asarray(self.alpha)
         if alpha.shape not in ((), (1,), (g.heads,)):
             raise ValueError(f"Entmax: alpha must be a number or have one entry per head, ({g.heads},), got {alpha.shape}")
-        return entmax(s, alpha.reshape(-1, 1, 1), where=ok)
+        return alpha.reshape(1, -1, 1, 1)
+
+    def _b(self, g: Geometry) -> Float[Array, "1 N|1 1 1"]:
+        b = self._alphas(g).astype(jnp.float32) - 1
+        return b + jax.lax.stop_gradient(jnp.where(jnp.abs(b) < _NEAR, _NEAR - b, 0))
+
+    def reference(self, top: Array, slack: float, g: Geometry) -> Array:
+        # At least the maximum where b > 0, at most where b < 0: so e^(b u) + b d can have its value at the maximum.
+        return top - jnp.where(self._b(g) > 0, 0, slack)
+
+    def bracket(self, slack: float, g: Geometry) -> tuple[Array, Array]:
+        b, most = self._b(g), jnp.log(jnp.float32(g.keys))
+        # u lies in [-most, 0] for d counted from the maximum, which is up to `slack` away from the reference.
+        size = jnp.abs(b)
+        low = jnp.where(b > 0, -most, -jnp.log1p(jnp.expm1(size * most) + size * slack) / size)
+        return low, jnp.where(b > 0, jnp.log1p(size * slack) / size, 0)
+
+    def at(self, r: Array, u: Array) -> Pointwise:
+        return _AtThreshold(self, r, u)
+
+    def slope(self, r: Array, u: Array) -> Pointwise:
+        return _AtThreshold(self, r, u, slope=True)
 
     def __repr__(self) -> str:
         return f"entmax({self.alpha if isinstance(self.alpha, int | float) else 'alpha per head'})"
+
+
+@pytree(leaves=("of", "r", "u"))
+class _AtThreshold(Pointwise):
+    """Entmax weights where reference and threshold of every row are known; slope: their derivative by u, p^(1-b) e^(b u)."""
+
+    of: Entmax
+    r: Float[Array, "B|1 N|1 T|1 1"]
+    u: Float[Array, "B|1 N|1 T|1 1"]
+    slope: bool = False
+
+    def score(self, g: Geometry) -> Score:
+        return _Power(self.of._b(g), self.r, self.u, self.slope)
+
+    def phi(self, s: Array) -> Array:
+        return s
+
+    def __repr__(self) -> str:
+        return repr(self.of)
+
+
+@pytree(leaves=("b", "r", "u"))
+class _Power(Score):
+    """``[e^(b u) + b (s - r)]_+^(1/b)``, or its derivative by u."""
+
+    b: Float[Array, "1 N|1 1 1"]
+    r: Float[Array, "B|1 N|1 T|1 1"]
+    u: Float[Array, "B|1 N|1 T|1 1"]
+    slope: bool
+
+    def bind(self, g: Geometry) -> Bound:
+        def apply(s: Array, c: Any, b: Array, inverse: Array, r: Array, u: Array, shrink: Array) -> Array:
+            t = b * (s - r) * shrink
+            on = t > -1
+            log = jnp.log1p(jnp.where(on, t, 0.0))
+            p = jnp.exp(u + log * (inverse - 1 if self.slope else inverse))
+            # Where b < 0 nothing is off in the solution; a trial that is must count as far too large.
+            p = jnp.where(on, p, jnp.where(b > 0, 0.0, _LARGE))
+            return jnp.where(s > HIDDEN, p, s)
+
+        arrays = (self.b, 1 / self.b, self.r, self.u, jnp.exp(-self.b * self.u))
+        return Bound(tuple(Operand(x, "aligned") for x in arrays), apply)
 
 
 def _prepare(x: Any, where: Any, axis: int) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ A map says how it can be computed, and backends ask that, never its name:
 - :class:`Normalised`: exponentials over their sum, possibly with more mass in the denominator. One online pass, since
   partial sums merge by their log-sum-exp.
 - :class:`Pointwise`: a function of each logit alone. One pass, nothing to merge.
+- :class:`Thresholded`: pointwise, once a threshold per row is known. Several passes, of the two kinds above.
 - :class:`Mixture`: a sum of other maps, each with its coefficient; the operation runs each.
 - anything else is :class:`Weights` with only ``rows``, which needs all logits of a row at once: dense only.
 """
@@ -164,6 +165,30 @@ class Uniform(Normalised):
 
     def __repr__(self) -> str:
         return "uniform"
+
+
+class Thresholded(Weights):
+    """``w = phi(s - r, u)``, with one threshold u per row at which the weights of the row sum to 1; they grow with u.
+
+    The reference r is near the largest logit of its row, so that u and phi stay in range. Backends that do not hold rows
+    find u by passes over them (:mod:`attnzoo.core.passes`).
+    """
+
+    def reference(self, top: Float[Array, "B N T 1"], slack: float, g: Geometry) -> Float[Array, "B N T 1"]:
+        """r, from a number that is the largest logit of a row, or more by at most ``slack``."""
+        raise NotImplementedError
+
+    def bracket(self, slack: float, g: Geometry) -> tuple[Array, Array]:
+        """Numbers between which u lies, whatever the logits; ``[1, N|1, 1, 1]``."""
+        raise NotImplementedError
+
+    def at(self, r: Float[Array, "B|1 N|1 T|1 1"], u: Float[Array, "B|1 N|1 T|1 1"]) -> Pointwise:
+        """The weights for these."""
+        raise NotImplementedError
+
+    def slope(self, r: Float[Array, "B N T 1"], u: Float[Array, "B N T 1"]) -> Pointwise:
+        """The derivative of the weights by u."""
+        raise NotImplementedError
 
 
 class Mixture(Weights):

@@ -19,8 +19,16 @@ from attnzoo.core.context.layout import Arc, Layout, critical_path, plan_ring, s
 from attnzoo.core.context.transport import into_slots, out_of_slots
 from attnzoo.core.entmax import Entmax
 from attnzoo.core.sharding import attention_axes
+from attnzoo.core.weights import Weights
 
 B, T, N, K, H, HV = 2, 64, 8, 4, 8, 6
+
+
+class Hardmax(Weights):
+    """All weight on the largest logit: a map of whole rows."""
+
+    def rows(self, s, ok, g):
+        return jax.nn.one_hot(jnp.where(ok, s, -jnp.inf).argmax(-1), s.shape[-1])
 
 
 def mesh_of(**sides: int) -> Any:
@@ -187,6 +195,15 @@ def test_half_precision():
         assert np.abs(a - c).max() <= 1.5 * np.abs(b - c).max()
 
 
+def test_entmax_goes_around_the_ring_for_every_trial():
+    case = Case(lambda alpha: {"mask": masks.Causal(), "weights": Entmax(alpha)}, (jnp.linspace(1.1, 2, N),))
+    want = results(case, backend="dense")
+    with on(MESH):
+        got = results(case)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_whole_rows_by_trading_heads():
     """Maps that need all logits of a row, and the weights themselves, come by exchange='all_to_all'."""
     q, k, v, _ = inputs()
@@ -333,7 +350,7 @@ def test_explain_says_what_happens_across_the_mesh():
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        ({}, {"weights": Entmax(1.5)}, "needs whole rows of logits at once.*exchange='all_to_all' brings whole rows"),
+        ({}, {"weights": Hardmax()}, "needs whole rows of logits at once.*exchange='all_to_all' brings whole rows"),
         ({}, {"return_weights": True}, "return_weights asks for"),
         ({}, {"backend": "dense"}, "'dense' cannot run this: it computes whole rows.*'blockwise' can"),
         ({"t": 62}, {}, "62 queries do not divide over .'context',. of the mesh, 4 devices; pad"),

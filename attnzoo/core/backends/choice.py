@@ -7,6 +7,7 @@ import contextvars
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from attnzoo.core import passes
 from attnzoo.core.backends import BACKENDS
 from attnzoo.core.request import Request
 from attnzoo.errors import unknown
@@ -17,15 +18,24 @@ SMALL = 256 * 256
 
 def refusals(r: Request) -> dict[str, str | None]:
     """Why each backend cannot run the request on one device, or with its batch rows and heads divided (None: it can)."""
-    return {name: module.refusal(r) for name, module in BACKENDS.items()}
+    return {name: module.refusal(_asked(r, name)) for name, module in BACKENDS.items()}
+
+
+def by_tiles(name: str) -> bool:
+    """Whether a backend never holds the rows of the weights."""
+    return hasattr(BACKENDS[name], "attend_part")
+
+
+def _asked(r: Request, name: str) -> Request:
+    """What a backend is asked to do at last for a request."""
+    return passes.last_pass(r) if by_tiles(name) else r
 
 
 def refusals_by_parts(r: Request, rectangle: tuple[int, int]) -> dict[str, str | None]:
     """The same where queries and keys are divided too, and a device sees ``rectangle`` of them at a time."""
     whole_rows = "it computes whole rows of logits, and a ring brings them in parts; exchange='all_to_all' brings whole rows"
     return {
-        name: module.refusal(r, rectangle) if hasattr(module, "attend_part") else whole_rows
-        for name, module in BACKENDS.items()
+        name: module.refusal(_asked(r, name), rectangle) if by_tiles(name) else whole_rows for name, module in BACKENDS.items()
     }
 
 
