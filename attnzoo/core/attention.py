@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnzoo.core import context
+from attnzoo.core import context, passes
 from attnzoo.core.backends import BACKENDS, pallas
-from attnzoo.core.backends.choice import choose, record, refusals
+from attnzoo.core.backends.choice import by_tiles, choose, record, refusals
 from attnzoo.core.backends.result import Result
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.cells import Geometry
 from attnzoo.core.request import Request, make_request
 from attnzoo.core.sharding import context_division
-from attnzoo.core.weights import Mixture, Weights, softmax
+from attnzoo.core.weights import Mixture, Thresholded, Weights, softmax
 from attnzoo.errors import unknown
 
 
@@ -46,7 +46,9 @@ def attention(
 
     Args:
         q, k, v: queries, keys and values; N query heads are a multiple of the K key heads, head n reads key head
-            ``n // (N / K)``. Leading batch axes: any number, the same for all three.
+            ``n // (N / K)``. Leading batch axes: any number, the same for all three. Where v is the very array k is, as for
+            latents that are both, TPU kernels read it once. k and v may be :class:`~attnzoo.core.quantized.Quantized`: TPU
+            kernels read their 8 bits (no derivative), all else expands them first.
         mask: who may see whom: a :class:`~attnzoo.core.masks.Mask`, a bool array that broadcasts to ``[*B, N, T, S]``
             (True: may be seen), or a function of int32 scalars ``(b, h, q, k) -> bool``. None: all see all.
         bias: added to the scaled logits; broadcasts to ``[*B, N, T, S]``. -inf or the dtype's minimum hides a cell.
@@ -66,8 +68,8 @@ def attention(
             slots. TPU kernels read pages of a multiple of 128 where they lie (no derivative); all else gathers them first.
 
     Returns:
-        ``out [*B, T, N, Hv]`` in the type of ``v``, or a tuple ``(out, lse, weights)`` of what was asked for. A query that
-        sees nothing gets zeros, an lse of -inf, and zero gradients.
+        ``out [*B, T, N, Hv]`` in the type of ``v`` (of ``q`` where v is quantized), or a tuple ``(out, lse, weights)`` of what
+        was asked for. A query that sees nothing gets zeros, an lse of -inf, and zero gradients.
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or a named backend that cannot run this.
@@ -82,7 +84,7 @@ def attention(
         return_lse=return_lse, return_weights=return_weights, pages=pages,
     )  # fmt: skip
     result = _run(request, backend)
-    out = result.out.astype(request.v.dtype)
+    out = result.out.astype(request.v.dtype if request.scales[1] is None else request.q.dtype)
     returned = [out.reshape(*lead, *out.shape[1:])]
     if return_lse:
         lse = jnp.moveaxis(result.lse, 1, 2)
@@ -95,6 +97,8 @@ def attention(
 def _run(request: Request, backend: str) -> Any:
     if not pallas.reads_pages(request):
         request = request.gathered()
+    if not pallas.reads_narrow(request):
+        request = request.widened()
     if not isinstance(request.weights, Mixture):
         uniform = not request.weights.reads_logits and request.score is None
         if uniform:
@@ -102,6 +106,10 @@ def _run(request: Request, backend: str) -> Any:
             request = request.gathered()
             request = dataclasses.replace(request, q=request.q[..., :1], k=request.k[..., :1])
         divided = context_division(request.geometry)
+        if isinstance(request.weights, Thresholded):
+            name, _ = choose(request, backend, refusals(request) if divided is None else context.refusals(request, *divided))
+            if by_tiles(name):
+                return passes.run(request, lambda r: _run(r, name))
         if divided is not None:
             return context.run(request, backend, *divided)
         if uniform and _rows_are_alike(request):
@@ -114,7 +122,7 @@ def _run(request: Request, backend: str) -> Any:
             record(name, "uniform weights over the first keys are running means, of which no backend is asked", reasons)
             return _prefix_means(request.v, counts, request.geometry)
         record(name, reason, reasons)
-        return BACKENDS[name].run(request if name == "pallas" else request.gathered())
+        return BACKENDS[name].run(request if name == "pallas" else request.gathered().widened())
     if request.return_lse:
         raise ValueError(f"return_lse: {request.weights} has no log-sum-exp; leave it out, or use softmax weights")
     parts, heads, given = [], request.geometry.heads, request.weights.parts()
@@ -211,6 +219,7 @@ def explain(q: Array, k: Array, v: Array, *, backend: str = "auto", **arguments:
     r, _ = make_request(q, k, v, **(defaults | arguments))
     parts = [w for _, w in r.weights.parts()] if isinstance(r.weights, Mixture) else [r.weights]
     r = dataclasses.replace(r if pallas.reads_pages(r) else r.gathered(), weights=parts[0])
+    r = r if pallas.reads_narrow(r) else r.widened()
     divided = context_division(r.geometry)
     if divided is None:
         reasons, across = refusals(r), None

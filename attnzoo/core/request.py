@@ -16,6 +16,7 @@ from attnzoo.core.dropout import Dropout, dropout_seed
 from attnzoo.core.masks import Array as ArrayMask
 from attnzoo.core.masks import Function as FunctionMask
 from attnzoo.core.masks import Mask
+from attnzoo.core.quantized import Quantized
 from attnzoo.core.scores import Bias, Score
 from attnzoo.core.scores import Function as FunctionScore
 from attnzoo.core.weights import Weights
@@ -39,6 +40,23 @@ class Request:
     return_weights: bool
     pages: Int[Array, "B M"] | None = None
     """Where given, k and v are pools ``[P, page, K, ·]``, and S = M · page."""
+    scales: tuple[Array | None, Array | None] = (None, None)
+    """What 8-bit numbers in k and v are to be multiplied by, ``[B|1, S|1, K|1, ·|1]``."""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether k or v hold 8-bit numbers."""
+        return self.scales != (None, None)
+
+    def widened(self) -> Request:
+        """The same call with keys and values in the type of the queries."""
+        if not self.narrow:
+            return self
+        k, v = (
+            x if scale is None else Quantized(x, scale).expand(self.q.dtype)
+            for x, scale in zip((self.k, self.v), self.scales, strict=True)
+        )
+        return dataclasses.replace(self, k=k, v=v, scales=(None, None))
 
     def gathered(self) -> Request:
         """The same call with the pages of each batch row one after the other."""
@@ -84,12 +102,16 @@ def make_request(
     pages: Any = None,
 ) -> tuple[Request, tuple[int, ...]]:
     """Check the arguments of ``attention``; returns the request and the leading batch dimensions it flattened."""
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    one, scales = v is k, (_scale("k", k, pages), _scale("v", v, pages))
+    k, v = (x.values if isinstance(x, Quantized) else x for x in (k, v))
+    q, k = jnp.asarray(q), jnp.asarray(k)
+    v = k if one else jnp.asarray(v)  # kernels read an array that is both once
     if pages is None:
-        lead = _check_shapes(q, k, v)
+        lead = _check_shapes(q, k, v, scales)
         keys = k.shape[-3]
         batch = int(np.prod(lead))
-        q, k, v = (x.reshape(batch, *x.shape[-3:]) for x in (q, k, v))
+        q, k = (x.reshape(batch, *x.shape[-3:]) for x in (q, k))
+        v = k if one else v.reshape(batch, *v.shape[-3:])
     else:
         lead, pages = q.shape[:1], _as_pages(pages, q, k, v, kv_positions is not None)
         batch, keys = q.shape[0], pages.shape[1] * k.shape[1]
@@ -115,8 +137,22 @@ def make_request(
         return_lse=return_lse,
         return_weights=return_weights,
         pages=pages,
+        scales=scales,
     )  # fmt: skip
     return request, lead
+
+
+def _scale(name: str, x: Any, pages: Any) -> Float[Array, "B|1 S|1 K|1 H|1"] | None:
+    """Of quantized keys or values, None where they are plain arrays."""
+    if not isinstance(x, Quantized):
+        return None
+    x.check(name)
+    if pages is not None:
+        raise ValueError(f"{name}: pools behind pages= cannot be Quantized; expand them first")
+    scale = jnp.asarray(x.scale, jnp.float32)
+    if any(n != 1 for n in scale.shape[:-3]):
+        scale = jnp.broadcast_to(scale, (*x.shape[:-3], *scale.shape[-3:]))
+    return scale.reshape(-1, *scale.shape[-3:])
 
 
 def _as_pages(pages: Any, q: Array, k: Array, v: Array, placed: bool) -> Array:
@@ -140,11 +176,11 @@ def _as_pages(pages: Any, q: Array, k: Array, v: Array, placed: bool) -> Array:
     return pages.astype(jnp.int32)
 
 
-def _check_shapes(q: Array, k: Array, v: Array) -> tuple[int, ...]:
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _check_shapes(q: Array, k: Array, v: Array, scales: tuple[Array | None, Array | None] = (None, None)) -> tuple[int, ...]:
+    for name, x, scale in (("q", q, None), ("k", k, scales[0]), ("v", v, scales[1])):
         if x.ndim < 3:
             raise ValueError(f"{name} has shape {x.shape}; attention takes [..., length, heads, width], at least 3 axes")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not jnp.issubdtype(x.dtype, jnp.floating) and scale is None:
             raise TypeError(f"{name} has dtype {x.dtype}; attention takes floating-point arrays")
         if x.shape[-3] == 0:
             raise ValueError(f"{name} has shape {x.shape}: its length is 0; give at least one token")

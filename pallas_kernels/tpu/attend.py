@@ -5,6 +5,7 @@ The forward kernel is in `flash`; the backward pass has a kernel for dq and one 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -52,10 +53,13 @@ def column_lists(p: Problem, state: Any) -> tuple[Jobs, Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, Any]:
-    """``out [B, N, T, Hv]``, ``lse [B, N, 1, T]`` of padded inputs; ``score`` operands as the caller holds them, rest =
-    (lists, laid-out mask operands, call)."""
-    lists, mask, call = rest
-    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call))
+    """``out [B, N, T, Hv]``, ``lse [B, N, 1, T]`` of padded inputs (v None: the keys are the values); ``score`` operands as
+    the caller holds them, rest = (lists, laid-out mask operands, call, value_scale).
+
+    Raises ValueError where a derivative is asked for and k or v are of 8 bits.
+    """
+    lists, mask, call, value_scale = rest
+    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call, value_scale=value_scale))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -64,7 +68,7 @@ def attend_pages(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], res
 
     Raises ValueError where a derivative is asked for.
     """
-    lists, mask, call = rest
+    lists, mask, call, _ = rest
     return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call, pages))
 
 
@@ -82,6 +86,8 @@ def _laid(p: Problem, score: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> Any:
+    if any(x is not None and x.dtype != q.dtype for x in (k, v)):
+        raise ValueError("quantized keys and values have no derivative in the kernels; use backend='blockwise'")
     out, lse = attend(p, q, k, v, score, rest)
     return (out, lse), (q, k, v, score, rest, out, lse)
 
@@ -90,14 +96,18 @@ def _attend_backward(p: Problem, saved: Any, cotangents: tuple[Any, Any]) -> Any
     *arrays, out, lse = saved
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)[:, :, None] - d_lse
-    return attend_gradients(p, tuple(arrays), lse, d_out, delta)
+    if not p.keys_are_values:
+        return attend_gradients(p, tuple(arrays), lse, d_out, delta)
+    q, k, _, *others = arrays
+    dq, dk, dv, *rest = attend_gradients(dataclasses.replace(p, keys_are_values=False), (q, k, k, *others), lse, d_out, delta)
+    return dq, dk + dv, None, *rest
 
 
 def attend_gradients(p: Problem, arrays: Any, lse: Any, d_out: Any, delta: Any) -> Any:
     """Of the arguments ``(q, k, v, score, rest)`` of :func:`attend`, from the log-sum-exp of all keys of its queries, which may
     be more than these, and ``delta = Σ d_out·out - d_lse``."""
     q, k, v, score, rest = arrays
-    lists, mask, call = rest
+    lists, mask, call, _ = rest
     x = Inputs(q, k, v, _laid(p, score), mask, call)
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))
     d_out = d_out.astype(v.dtype)

@@ -43,7 +43,8 @@ class Inputs(NamedTuple):
     """Arrays of a call: ``q [B, N, T, H]`` scaled, ``k [B, K, S, H]``, ``v [B, K, S, Hv]``, padded to whole blocks; laid-out
     operands of the score and the mask; ``call int32 [6]``: two words of the dropout seed, and the batch row, head,
     query and key at which these arrays begin, for masks and scores that ask. With ``pages int32 [B · M]`` k and v are pools
-    ``[P, K, page, ·]``."""
+    ``[P, K, page, ·]``. v is None where the keys are the values. k and v may be of 8 bits; ``value_scale [B, K, 1, S]`` then
+    multiplies each row of v."""
 
     q: Any
     k: Any
@@ -52,6 +53,7 @@ class Inputs(NamedTuple):
     mask: tuple[Any, ...]
     call: Any
     pages: Any = None
+    value_scale: Any = None
 
 
 def row_place(p: Problem, capacity: int) -> Any:
@@ -82,11 +84,8 @@ def specs(p: Problem, place: Any, x: Inputs) -> tuple[list[Any], list[Any]]:
             b, j = p.page_of(a[-1], b, j)
         return b, lax.div(h, p.group), j, 0
 
-    main = [
-        pl.BlockSpec((1, 1, p.block_q, x.q.shape[-1]), query),
-        pl.BlockSpec((1, 1, p.block_k, x.k.shape[-1]), key),
-        pl.BlockSpec((1, 1, p.block_k, x.v.shape[-1]), key),
-    ]
+    main = [pl.BlockSpec((1, 1, p.block_q, x.q.shape[-1]), query)]
+    main += [pl.BlockSpec((1, 1, p.block_k, a.shape[-1]), key) for a in (x.k, x.v) if a is not None]
     return main, [operand_spec(p, layout, place) for layout in (*p.score_layouts, *p.mask_layouts)]
 
 
@@ -117,6 +116,11 @@ def hide(p: Problem, s: Any, at: Piece, b: Any, h: Any, mask_refs: Any) -> Any:
     return s if ok is None else jnp.where(ok, s, HIDDEN)
 
 
+def widened(x: Any, dtype: Any) -> Any:
+    """8-bit numbers in the type of the queries."""
+    return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
+
+
 def pointwise(p: Problem, s: Any) -> Any:
     assert p.phi is not None
     seen = s > HIDDEN_BELOW
@@ -124,20 +128,24 @@ def pointwise(p: Problem, s: Any) -> Any:
 
 
 def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
-    """``out [B, N, T, Hv]`` in the type of v and ``lse [B, N, 1, T]`` float32 (natural logarithm; zeros for pointwise maps),
+    """``out [B, N, T, Hv]`` in the type of q and ``lse [B, N, 1, T]`` float32 (natural logarithm; zeros for pointwise maps),
     padded like the inputs. Rows that see nothing: 0 and -inf."""
     place = row_place(p, tiles.capacity)
     main, operands = specs(p, place, x)
     query, statistic = row_maps(place)
-    width = x.v.shape[-1]
-    out = jax.ShapeDtypeStruct((*x.q.shape[:3], width), x.v.dtype)
+    read = [a for a in (x.k, x.v) if a is not None]
+    width = read[-1].shape[-1]
+    out = jax.ShapeDtypeStruct((*x.q.shape[:3], width), x.q.dtype)
+    if x.value_scale is not None:
+        read.append(x.value_scale)
+        main.append(pl.BlockSpec((1, 1, 1, p.block_k), functools.partial(_along_keys, main[1].index_map)))
     return launch(
-        functools.partial(_forward_kernel, p, tiles),
+        functools.partial(_forward_kernel, p, tiles, x.value_scale is not None),
         name="attnzoo_flash_forward",
         scalars=(tiles.words, tiles.count, x.call, *([x.pages] if p.page_blocks else [])),
         grid=(p.batch, p.heads, tiles.steps),
         in_specs=[*main, *operands],
-        inputs=[x.q, x.k, x.v, *x.score, *x.mask],
+        inputs=[x.q, *read, *x.score, *x.mask],
         out_specs=[pl.BlockSpec((1, 1, p.block_q, width), query), pl.BlockSpec((1, 1, 1, p.block_q), statistic)],
         out_shape=[out, jax.ShapeDtypeStruct((p.batch, p.heads, 1, x.q.shape[2]), jnp.float32)],
         scratch=[
@@ -146,12 +154,20 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
             pltpu.VMEM((p.block_q, width), jnp.float32),
         ],
         parallel=2,
-        cost=cost(p, tiles, x.q.shape[-1] + width, (x.q, out), (x.k, x.v), p.block_k),
+        cost=cost(p, tiles, x.q.shape[-1] + width, (x.q, out), read, p.block_k),
     )
 
 
-def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, *refs: Any) -> None:
-    q, k, v, *refs = refs[1:] if p.page_blocks else refs  # type: ignore[assignment]
+def _along_keys(rows: Any, *a: Any) -> tuple[Any, ...]:
+    b, kh, j, _ = rows(*a)
+    return b, kh, 0, j
+
+
+def _forward_kernel(p: Problem, tiles: Jobs, scaled: bool, words: Any, count: Any, call: Any, *refs: Any) -> None:
+    q, k, *refs = refs[1:] if p.page_blocks else refs  # type: ignore[assignment]
+    v, refs = (k, refs) if p.keys_are_values else (refs[0], refs[1:])
+    value_scale, refs = (refs[0], refs[1:]) if scaled else (None, refs)
+    dtype = q.dtype
     cut = len(p.score_layouts)
     score_refs, mask_refs = refs[:cut], refs[cut : cut + len(p.mask_layouts)]
     out, lse, top, total, acc = refs[cut + len(p.mask_layouts) :]
@@ -167,7 +183,7 @@ def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, 
         acc[...] = jnp.zeros_like(acc)
 
     def product(at: Piece) -> Any:
-        return dot(q[0, 0, pl.ds(at.row, at.rows)], k[0, 0, pl.ds(at.column, at.columns)], (1, 1))
+        return dot(q[0, 0, pl.ds(at.row, at.rows)], widened(k[0, 0, pl.ds(at.column, at.columns)], dtype), (1, 1))
 
     def absorb(masked: bool, at: Piece, s: Any) -> None:
         rows = pl.ds(at.row, at.rows)
@@ -182,7 +198,9 @@ def _forward_kernel(p: Problem, tiles: Jobs, words: Any, count: Any, call: Any, 
             weight = pointwise(p, s)
         if p.keep is not None:
             weight = weight * p.keep(call[0], call[1], *here, *at.cells())
-        add = dot(weight.astype(v.dtype), v[0, 0, pl.ds(at.column, at.columns)], (1, 0))
+        if value_scale is not None:
+            weight = weight * value_scale[0, 0, :, pl.ds(at.column, at.columns)]
+        add = dot(weight.astype(dtype), widened(v[0, 0, pl.ds(at.column, at.columns)], dtype), (1, 0))
         acc[rows] = acc[rows] + add if p.phi is not None else acc[rows] * wide(shrink, add.shape[1]) + add
 
     def tile(masked: bool) -> None:

@@ -43,6 +43,7 @@ class Problem:
     per_batch, per_head: whether the lists of tiles differ by batch row and head.
     page_blocks: 0, or k and v come as pools of pages, of so many blocks each, that batch rows name in order (TPU).
     keys_by_head: whether k and v come as ``[B, K, S, ·]``, the order of caches, and not as ``[B, S, K, ·]`` (GPU).
+    keys_are_values: whether k is v too, as latents are, and is read once (TPU, forward).
     """
 
     batch: int
@@ -64,6 +65,7 @@ class Problem:
     per_head: bool
     page_blocks: int = 0
     keys_by_head: bool = False
+    keys_are_values: bool = False
 
     @property
     def group(self) -> int:

@@ -133,6 +133,61 @@ def test_pages_are_read_where_they_lie():
     assert temporaries < arguments / 50
 
 
+NARROW = """
+import json, sys
+import jax, jax.numpy as jnp
+from attnzoo.core import masks
+from attnzoo.core.attention import attention
+from attnzoo.core.entmax import Entmax
+from attnzoo.core.neighborhood import neighborhood_attention
+from attnzoo.core.quantized import Quantized
+from pallas_kernels import schedule
+
+generation = sys.argv[1]
+of = jax.ShapeDtypeStruct
+S = 32768
+
+def latents(q, cache):  # in a cache's order; widths that are no multiples of 128 lie packed between programs, and are copied
+    c = jnp.swapaxes(cache, 1, 2)
+    return attention(q, c, c, backend="pallas", mask=masks.Causal(S - 1))
+
+def narrow(q, k, k_scale, v, v_scale):
+    return attention(q, Quantized(k, k_scale), Quantized(v, v_scale), backend="pallas", mask=masks.Causal(S - 1))
+
+def decode(dtype):
+    return [of((4, 1, 8, 128), "bfloat16"), of((4, S, 2, 128), dtype), of((4, 1, 2, 128), "float32"), of((4, S, 2, 128), dtype),
+            of((4, S, 2, 1), "float32")]
+
+def entmax(q, k, v):
+    return (attention(q, k, v, backend="pallas", weights=Entmax(1.5), mask=masks.Causal()).astype(jnp.float32) ** 2).sum()
+
+def boxes(q, k, v):
+    return neighborhood_attention(q, k, v, masks.Neighborhood((64, 64), 7), box=(8, 32), backend="pallas")
+
+train = [of((1, 1024, 4, 128), "bfloat16"), *(of((1, 1024, 2, 128), "bfloat16"),) * 2]
+grid = [of((1, 4096, 4, 128), "bfloat16")] * 3
+CASES = {
+    "latents": (latents, [of((4, 1, 16, 640), "bfloat16"), of((4, 1, S, 640), "bfloat16")]),
+    "int8": (narrow, decode("int8")),
+    "float8": (narrow, decode("float8_e4m3fn")),
+    "entmax": (jax.grad(entmax, (0, 1, 2)), train),
+    "boxes": (boxes, grid),
+}
+for name in sys.argv[2:] or CASES:
+    f, arguments = CASES[name]
+    memory = schedule.compiled(generation, f, arguments).memory_analysis()
+    print(json.dumps([name, memory.argument_size_in_bytes, memory.temp_size_in_bytes]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_caches_and_searches_compile(generation):
+    lines = run(NARROW, generation)
+    assert [name for name, *_ in lines] == ["latents", "int8", "float8", "entmax", "boxes"]
+    for _, arguments, temporaries in lines[:3]:  # what a step of decoding reads is not copied
+        assert temporaries < arguments / 50
+
+
 SHARDED = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np

@@ -18,6 +18,8 @@ from attnzoo.core.backends import dense, pallas
 from attnzoo.core.blocks import BlockMap
 from attnzoo.core.cells import Geometry, all_cells
 from attnzoo.core.dropout import Dropout, dropout_seed, keep_scale
+from attnzoo.core.entmax import Entmax
+from attnzoo.core.neighborhood import neighborhood_attention
 from attnzoo.core.request import make_request
 from attnzoo.core.sharding import attention_axes
 from pallas_kernels.tpu.launch import compiling_for, simulation
@@ -190,6 +192,55 @@ def test_gradients_match_the_dense_backend(name):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
 
 
+def test_entmax_by_passes():
+    """Every pass is a simulated kernel; against whole rows."""
+    case = Case((1, 150, 150, 2, 1, 16, 16), {"mask": masks.Causal(), **SMALL}, weights=None)
+    what = {"weights": (Entmax, jnp.float32([1.3, 2.0]))}
+    with simulation():
+        got = gradients("pallas", case, what)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("dense", case, what)), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4)
+
+
+def kernels(jaxpr):
+    """The kernel calls of a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+            continue
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from kernels(getattr(inner, "jaxpr", inner))
+
+
+def test_keys_that_are_values_are_read_once():
+    q, k, _ = Case((1, 150, 300, 4, 1, 24, 24)).arrays()
+    q, k = jnp.asarray(q), jnp.asarray(k)
+
+    def run(backend, q, k, v):
+        out, lse = attention(q, k, v, mask=masks.Causal(150), backend=backend, return_lse=True, **SMALL)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + lse.sum()
+
+    def latents(backend):
+        return jax.value_and_grad(lambda q, k: run(backend, q, k, k), argnums=(0, 1))(q, k)
+
+    with simulation():
+        got = latents("pallas")
+        (kernel,) = kernels(jax.make_jaxpr(lambda q, k: run("pallas", q, k, k))(q, k).jaxpr)
+    assert [v.aval.shape for v in kernel.invars].count((1, 1, 384, 24)) == 1
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(latents("blockwise")), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
+
+
+def test_neighborhoods_by_boxes():
+    window = masks.Neighborhood((20, 24), (5, 3), causal=(True, False))
+    q, k, v = Case((1, 480, 480, 2, 1, 16, 16)).arrays()
+    with simulation():
+        got = neighborhood_attention(q, k, v, window, box=(8, 16), backend="pallas")
+    ok = np.asarray(window.dense(480))
+    np.testing.assert_allclose(got, oracle(q, k, v, ok=ok)[0], atol=2e-6, rtol=1e-5)
+
+
 def test_bfloat16_is_near_float32():
     case = CASES["causal over several tiles"]
     with simulation():
@@ -242,6 +293,11 @@ def test_the_same_bits_twice():
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+class Hardmax(weights.Weights):
+    def rows(self, s, ok, g):
+        return jax.nn.one_hot(jnp.where(ok, s, -jnp.inf).argmax(-1), s.shape[-1])
+
+
 REFUSED = {
     "never holds the weights": {"return_weights": True},
     "multiples of 128": {"block_sizes": (64, 128)},
@@ -253,18 +309,14 @@ REFUSED = {
     "'dynamic_slice' on values that depend on query and key at once": {
         "score": lambda s, b, h, q, k: s + jnp.zeros((32, 32))[q, k]
     },
-    "whole rows of logits": {"weights": None},
+    "whole rows of logits": {"weights": Hardmax()},
     "uses 'cumsum'": {"weights": weights.Elementwise(lambda s: jnp.cumsum(s[None])[0])},
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refusals_name_the_reason(reason):
-    from attnzoo.core.entmax import Entmax
-
     arguments = {name: jnp.zeros((1, 32, 2, 8)) for name in "qkv"} | REFUSED[reason]
-    if arguments.get("weights", 0) is None:
-        arguments["weights"] = Entmax(1.5)
     with simulation(), pytest.raises(ValueError, match=f"backend 'pallas' cannot run this: .*{reason}"):
         attention(**arguments, backend="pallas")
 

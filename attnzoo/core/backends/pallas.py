@@ -24,14 +24,15 @@ from attnzoo.core.blocks import PARTIAL, BlockMap, block_map
 from attnzoo.core.cells import Bound, Geometry, Operand
 from attnzoo.core.dropout import Dropout
 from attnzoo.core.hoist import NotElementwise, hoist, outside
+from attnzoo.core.quantized import KeyScale, by_token
 from attnzoo.core.request import Request
 from attnzoo.core.sharding import Axes, context_division, division, operand_spec
-from attnzoo.core.weights import Normalised, Pointwise
+from attnzoo.core.weights import Normalised, Pointwise, Thresholded
 
 
 def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
     """Why this backend cannot run the request (None: it can), or a rectangle of so many queries and keys at a time."""
-    kernels = _kernels()
+    r, kernels = _folded(r), _kernels()
     if kernels is None:
         return f"it needs a TPU or a Hopper GPU, and the default device is a {_device()}"
     if r.return_weights:
@@ -40,7 +41,8 @@ def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
         return f"{r.weights} needs whole rows of logits at once"
     if r.return_lse and not isinstance(r.weights, Normalised):
         return f"{r.weights} has no log-sum-exp to return"
-    if r.q.dtype.name not in kernels.DTYPES or not r.q.dtype == r.k.dtype == r.v.dtype:
+    wide = [x for x, scale in zip((r.k, r.v), r.scales, strict=True) if scale is None]
+    if r.q.dtype.name not in kernels.DTYPES or any(x.dtype != r.q.dtype for x in wide):
         takes = " or ".join(kernels.DTYPES)
         return f"it takes {takes}, the same for q, k and v, not {r.q.dtype}, {r.k.dtype} and {r.v.dtype}"
     if isinstance(r.weights, Pointwise) and (found := outside(r.weights.phi)) is not None:
@@ -50,7 +52,7 @@ def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
     except (ValueError, NotElementwise) as e:
         return str(e)
     abstract: Any = jax.eval_shape(lambda q: packed_queries(q, r.geometry) if plan.packed else q, r.q)
-    part = _part(r, plan, _Arrays(abstract, r.k, r.v, (), (), plan.state, None, None), plan.mask, plan.score)
+    part = _part(r, plan, _Arrays(abstract, r.k, r.v, (), (), plan.state, None, None, None), plan.mask, plan.score)
     return kernels.refusal(part, r.geometry if plan.packed else None, rectangle)
 
 
@@ -64,6 +66,24 @@ def reads_pages(r: Request) -> bool:
         and context_division(r.geometry) is None
         and kernels.holds_pages(r.pages.size)
     )
+
+
+def reads_narrow(r: Request) -> bool:
+    """Whether the kernels read the 8-bit keys and values of this request."""
+    if not r.narrow or isinstance(r.weights, Thresholded) or (kernels := _kernels()) is None:
+        return False
+    return kernels.READS_NARROW and division(r.geometry) is None and context_division(r.geometry) is None
+
+
+def _folded(r: Request) -> Request:
+    """The request with the scale of quantized keys in its queries (a number per feature) or its score (per token)."""
+    scale = r.scales[0]
+    if scale is None:
+        return r
+    if by_token(scale):
+        return dataclasses.replace(r, score=KeyScale(scale) if r.score is None else KeyScale(scale) >> r.score)
+    q = r.q.astype(jnp.float32) * jnp.repeat(scale, r.geometry.heads // scale.shape[2], axis=2)
+    return dataclasses.replace(r, q=q.astype(r.q.dtype))
 
 
 def _kernels() -> ModuleType | None:
@@ -158,7 +178,7 @@ def _scaled(r: Request, score: Bound | None) -> Any:
 
 class _Arrays(NamedTuple):
     """What a device needs of a call; ``state`` is None where it is the same for all and known. origin: batch row, head, query
-    and key at which the device's part begins."""
+    and key at which the device's part begins. value_scale ``[B, S, K]``: of 8-bit values, a number per token."""
 
     q: Any
     k: Any
@@ -168,10 +188,13 @@ class _Arrays(NamedTuple):
     state: Any
     seed: Any
     origin: Any
+    value_scale: Any
 
 
 def run(r: Request) -> Result:
-    plan = _plan(r)
+    r = _folded(r)
+    plan, scale = _plan(r), r.scales[1]
+    each = scale if scale is not None and by_token(scale) else None
     same = isinstance(plan.state, np.ndarray) and plan.state.shape[:2] == (1, 1)
     arrays = _Arrays(
         _scaled(r, plan.score),
@@ -182,6 +205,7 @@ def run(r: Request) -> Result:
         None if same else plan.state,
         None if r.dropout is None else r.dropout.seed,
         jnp.zeros(4, jnp.int32),
+        None if each is None else jnp.broadcast_to(each[..., 0], r.v.shape[:3]),
     )
     if plan.packed:
         arrays = arrays._replace(q=packed_queries(arrays.q, r.geometry))
@@ -192,7 +216,10 @@ def run(r: Request) -> Result:
     final = None
     if isinstance(r.weights, Normalised):
         out, final = r.weights.finish(out, lse)
-    return Result(jnp.moveaxis(out, 1, 2), final)
+    out = jnp.moveaxis(out, 1, 2)
+    if scale is not None and each is None:  # a number per feature
+        out = out * jnp.repeat(scale, r.geometry.heads // scale.shape[2], axis=2)
+    return Result(out, final)
 
 
 def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) -> tuple[Any, Any]:
@@ -203,10 +230,10 @@ def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) ->
         return tuple(operand_spec(op, axes) for op in operands(bound))
 
     state = None if arrays.state is None else jnp.asarray(arrays.state)
-    tokens = P(b, None, h)
+    tokens = P(b, None, h)  # quantized values do not come here
     where = None if state is None else operand_spec(Operand(state, "blocks"), axes)
     given = _Arrays(
-        tokens, tokens, tokens, specs(plan.mask), specs(plan.score), where, None if arrays.seed is None else P(), P()
+        tokens, tokens, tokens, specs(plan.mask), specs(plan.score), where, None if arrays.seed is None else P(), P(), None
     )
 
     def local(arrays: _Arrays) -> tuple[Any, Any]:
@@ -241,7 +268,7 @@ def _part(r: Request, plan: _Plan, x: _Arrays, mask: Bound | None, score: Bound 
     here = Geometry(x.q.shape[0], x.q.shape[2], x.k.shape[2], x.q.shape[1], r.geometry.keys, origin=x.origin)
     bm = BlockMap(plan.state if x.state is None else x.state, here.queries, here.keys, plan.block_q, plan.block_k, "")
     dropout = None if r.dropout is None else Dropout(r.dropout.rate, r.dropout.seed if x.seed is None else x.seed)
-    return Part(x.q, x.k, x.v, here, mask, score, r.weights, dropout, bm, r.pages)
+    return Part(x.q, x.k, x.v, here, mask, score, r.weights, dropout, bm, r.pages, x.value_scale)
 
 
 def attend_part(part: Part, packed: Geometry | None = None) -> tuple[Any, Any]:

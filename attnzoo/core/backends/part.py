@@ -18,7 +18,8 @@ from attnzoo.core.weights import Weights
 class Part(NamedTuple):
     """``q [B, T, N, H]``, ``k [B, S, K, H]`` (one of them scaled), ``v [B, S, K, Hv]``, their place in the call (``geometry``),
     and the mask and score with their operands cut to the part. ``block_map`` is of the part. Where ``pages [B, M]`` are given,
-    k and v are pools ``[P, page, K, ·]``."""
+    k and v are pools ``[P, page, K, ·]``. k and v may hold 8-bit numbers (TPU kernels); ``value_scale`` then has a factor for
+    each token of v, where there is one."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
@@ -30,6 +31,7 @@ class Part(NamedTuple):
     dropout: Dropout | None
     block_map: BlockMap
     pages: Int[Array, "B M"] | None = None
+    value_scale: Float[Array, "B S K"] | None = None
 
 
 class PartGradients(NamedTuple):

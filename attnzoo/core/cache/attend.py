@@ -71,18 +71,20 @@ def cached_attention(
         return attention(q, k, v, mask=mask, **placed, **options)
     view: LayerCache = cache.view()
     k, v = read(view.payload)
+    one = v is k  # latents are both
+    k = jnp.swapaxes(k, 1, 2)
+    v = k if one else jnp.swapaxes(v, 1, 2)
     pos, w = view.pos, view.w
-    if k.shape[1] != pos.shape[1]:
-        pos = jnp.broadcast_to(pos, (batch, *k.shape[1:3]))
-        w = jnp.broadcast_to(w, (batch, *k.shape[1:3]))
+    if k.shape[2] != pos.shape[1]:
+        pos, w = (jnp.broadcast_to(x, (batch, k.shape[2], k.shape[1])) for x in (pos, w))
     bias = None
     if view.weighted:
         log_w, pos = weigh_slots(pos, w)
-        bias = jnp.repeat(log_w, heads // k.shape[1], axis=1)[:, :, None, :]  # [B, N, 1, S]
+        bias = jnp.repeat(log_w, heads // k.shape[2], axis=1)[:, :, None, :]  # [B, N, 1, S]
     return attention(
         q,
-        jnp.swapaxes(k, 1, 2),
-        jnp.swapaxes(v, 1, 2),
+        k,
+        v,
         mask=mask,
         bias=bias,
         q_positions=q_positions,

@@ -13,6 +13,7 @@ from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands
 from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.cells import Geometry
 
+READS_NARROW = False
 DTYPES = ("bfloat16", "float16")
 
 

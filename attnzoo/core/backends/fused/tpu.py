@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.cells import Geometry
 
 DTYPES = ("float32", "bfloat16")
+READS_NARROW = True
 
 
 def there() -> bool:
@@ -88,7 +90,7 @@ def gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
         return jnp.pad(x, [(0, 0), (0, 0), (0, rows)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
 
     norm, delta = padded(lse, -jnp.inf)[:, :, None], padded(delta)[:, :, None]
-    dq, dk, dv, d_score, _ = attend_gradients(problem, arrays, norm, padded(d_out), delta)
+    dq, dk, dv, d_score, _ = attend_gradients(problem, arrays, norm, padded(d_out), delta)  # a ring's k and v are two
     dq, dk, dv = (jnp.moveaxis(d[:, :, : x.shape[1]], 1, 2) for d, x in ((dq, part.q), (dk, part.k), (dv, part.v)))
     return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
 
@@ -102,12 +104,17 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
     bm = part.block_map
     rows, columns = blocks()[2:]
     problem, state = problem_of(part, packed, _divisor(bm.block_q, rows), _divisor(bm.block_k, columns))
+    problem = dataclasses.replace(problem, keys_are_values=part.v is part.k)
     by_column, kinds_of = column_lists(problem, state)
     lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:])), by_column, kinds_of)
     padded = problem.padded
     keys = padded[1] if part.pages is None else part.k.shape[1]
-    q, k, v = (_by_heads(a, n) for a, n in ((part.q, padded[0]), (part.k, keys), (part.v, keys)))
-    rest = (lists, mask_operands(part, problem), call_of(part))
+    q, k = _by_heads(part.q, padded[0]), _by_heads(part.k, keys)
+    v = None if problem.keys_are_values else _by_heads(part.v, keys)
+    value_scale = None
+    if part.value_scale is not None:
+        value_scale = jnp.pad(jnp.moveaxis(part.value_scale, 1, 2), ((0, 0), (0, 0), (0, keys - part.k.shape[1])))[:, :, None]
+    rest = (lists, mask_operands(part, problem), call_of(part), value_scale)
     return problem, (q, k, v, tuple(op.x for op in operands(part.score)), rest)
 
 
