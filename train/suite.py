@@ -42,7 +42,7 @@ PARTIAL = "leaderboard.partial.json"
 SUITES = {
     "language": Suite(
         name="language",
-        config=Config(task="text", steps=220, batch=8, model=ModelConfig(dim=64, num_layers=3, num_heads=4)),
+        config=Config(task="text", steps=210, batch=8, model=ModelConfig(dim=64, num_layers=3, num_heads=4)),
         seeds=(0, 1),
         cache_share=0.25,
         decode_length=1024,
