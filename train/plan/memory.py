@@ -35,7 +35,7 @@ class Memory:
     their norm. activations: what the loops over layers keep for the backward pass, read off the compiled program; 0
     where layers are not scanned (they count as workspace). workspace: further temporaries. other: random streams, the
     batch, results that take no argument's place, padding, the program.
-    arguments, outputs, aliased, temporaries: the compiler's own account.
+    arguments, outputs, aliased, temporaries: the compiler's own account, of temporaries at the peak.
     """
 
     parameters: int
@@ -79,6 +79,10 @@ def memory_of(compiled: jax.stages.Compiled, program: Program, state: State) -> 
     given, out, same, temporary = (
         int(getattr(told, f"{name}_size_in_bytes")) for name in ("argument", "output", "alias", "temp")
     )
+    # Temporaries of separate stretches of a program are listed one beside the other, though they never meet. The peak is of
+    # all that is there at once; 0 where the compiler does not say.
+    if peak := int(getattr(told, "peak_memory_in_bytes", 0)):
+        temporary = min(temporary, max(peak - given - out + same, 0))
     gradients = min(state.parameters, temporary)
     activations = min(kept_by_loops(program), temporary - gradients)
     code = int(told.generated_code_size_in_bytes)
