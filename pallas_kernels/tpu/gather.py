@@ -191,7 +191,7 @@ def _row_positions(x: Listed) -> list[Any]:
 
 def _words(x: Any) -> Any:
     """Rows as 32-bit words. The compiler's view of memory is changed inside the kernel; the simulator has none."""
-    return pltpu.bitcast(x, jnp.int32) if simulated() and x.dtype.itemsize < 4 else x
+    return jax.jit(lambda x: pltpu.bitcast(x, jnp.int32))(x) if simulated() and x.dtype.itemsize < 4 else x
 
 
 def _cost(p: _Call, x: Listed, of_keys: int, of_values: int) -> pl.CostEstimate:

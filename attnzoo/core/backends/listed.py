@@ -23,7 +23,7 @@ def attend(by_kernel: bool, q: Array, k: Array, v: Array, lists: Array, rows: Ar
     if by_kernel:
         from pallas_kernels.tpu import gather
 
-        return _in_parts(lambda x: gather.forward(x), gather.Listed(q, k, v, lists, rows))
+        return _in_parts(gather.forward, gather.Listed(q, k, v, lists, rows))
 
     def block(x: Any) -> tuple[Array, Array]:
         q, lists, rows = x
