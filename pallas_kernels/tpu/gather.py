@@ -72,6 +72,7 @@ def forward(x: Listed) -> tuple[Any, Any]:
         scratch=[*p.buffers(x), *Online.scratch(p.rows, width)],
         parallel=3,
         cost=_cost(p, x, 1, 1),
+        checked=False,  # of each row, at four times the cost of bringing it
     )
     return out[:, :, :, : p.queries, :d], lse[:, :, :, 0, : p.queries]
 
@@ -99,6 +100,7 @@ def queries_gradient(x: Listed, d_out: Any, norm: Any, delta: Any) -> Any:
         scratch=[*p.buffers(x), *(pltpu.VMEM((p.rows, n), jnp.float32) for n in (LANES, LANES, width))],
         parallel=3,
         cost=_cost(p, x, 2, 1),
+        checked=False,
     )  # fmt: skip
     return dq[:, :, :, : p.queries, :d]
 
@@ -138,7 +140,7 @@ class _Call:
 
     @property
     def list_specs(self) -> list[pl.BlockSpec]:
-        """Of how many positions count, and the positions as addresses and as numbers."""
+        """Of :func:`_lists`, what is an address in scalar memory."""
         shapes = (1, pltpu.SMEM), (self.listed, pltpu.SMEM), (self.listed, pltpu.VMEM)
         return [self.block(1, n, memory) for n, memory in shapes]
 
@@ -148,7 +150,7 @@ class _Call:
 
     @property
     def far(self) -> pl.BlockSpec:
-        return pl.BlockSpec(memory_space=pl.ANY)
+        return pl.BlockSpec(memory_space=pltpu.HBM)
 
     def block(self, rows: int, width: int, memory: Any = pltpu.VMEM) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, 1, rows, width), lambda b, h, i: (b, h, i, 0, 0), memory_space=memory)
@@ -179,10 +181,10 @@ def _padded(x: Listed) -> Listed:
 
 
 def _lists(x: Listed) -> list[Any]:
-    """Up to where a list has positions, and the list for scalar and for vector memory."""
+    """Up to where a list has positions, the words of their rows, and the positions."""
     last = jnp.where(x.positions >= 0, jnp.arange(1, x.positions.shape[3] + 1), 0).max(-1)
-    by_block = x.positions[:, :, :, None]
-    return [last.astype(jnp.int32)[..., None, None], by_block, by_block]
+    words = jnp.maximum(x.positions, 0) // (4 // x.k.dtype.itemsize)
+    return [last.astype(jnp.int32)[..., None, None], words[:, :, :, None], x.positions[:, :, :, None]]
 
 
 def _row_positions(x: Listed) -> list[Any]:
@@ -229,8 +231,8 @@ class _Stream(NamedTuple):
 
 class _Lists(NamedTuple):
     count: Any
-    addresses: Any
-    numbers: Any
+    words: Any
+    positions: Any
 
 
 def _streams(p: _Call, k: Any, v: Any, k_buffer: Any, v_buffer: Any, filled: Any) -> tuple[_Stream, _Stream]:
@@ -244,28 +246,28 @@ def _streams(p: _Call, k: Any, v: Any, k_buffer: Any, v_buffer: Any, filled: Any
 
 
 def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream], absorb: Any) -> None:
-    """Call ``absorb(keys, values, hide)`` for every group of the block's keys; ``hide(piece, s)`` hides logits."""
-    groups = lax.div(lists.count[0, 0, 0, 0, 0] + (GROUP - 1), GROUP)
+    """Call ``absorb(keys, values, hide, bring)`` for every group of the block's keys.
 
-    def start(group: Any, slot: Any) -> None:
+    For every piece of the block's queries it calls ``hide(piece, s)``, which hides logits, and ``bring(piece)``, which starts
+    a share of the next group's copies: the scalar unit does so while the others work on the piece.
+    """
+    groups = lax.div(lists.count[0, 0, 0, 0, 0] + (GROUP - 1), GROUP)
+    share = -(-GROUP // len(p.pieces))
+
+    def start(group: Any, first: int, last: int) -> None:
+        slot = lax.rem(group, 2)
+
         def row(n: Any, _: None) -> None:
-            position = jnp.maximum(lists.addresses[0, 0, 0, 0, group * GROUP + n], 0)
-            word = position if p.rows_in_word == 1 else lax.shift_right_logical(position, 1)
+            word = lists.words[0, 0, 0, 0, group * GROUP + n]
             for stream in streams:
                 stream.start(word, slot, n)
 
-        lax.fori_loop(0, GROUP, row, None, unroll=8)
+        lax.fori_loop(first, last, row, None, unroll=not simulated())
 
-    def visit(group: Any, _: None) -> None:
-        slot = lax.rem(group, 2)
-
-        @pl.when(group + 1 < groups)
-        def _() -> None:
-            start(group + 1, 1 - slot)
-
-        across = lists.numbers[0, 0, 0, :, pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)]
+    def visit(group: Any, ahead: bool) -> None:
+        across = lists.positions[0, 0, 0, :, pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)]
         named = upright(across)
-        keys, values = (stream.arrived(slot, named, p.dtype) for stream in streams)
+        keys, values = (stream.arrived(lax.rem(group, 2), named, p.dtype) for stream in streams)
 
         def hide(piece: Any, s: Any) -> Any:
             ok = across >= 0
@@ -273,45 +275,55 @@ def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream],
                 ok = ok & (across <= upright(rows[0, 0])[piece.start : piece.start + piece.size])
             return jnp.where(ok, s, HIDDEN)
 
-        absorb(keys, values, hide)
+        def bring(piece: Any) -> None:
+            first = piece.start // _PIECE * share
+            if ahead and first < GROUP:
+                start(group + 1, first, min(first + share, GROUP))
 
-    pl.when(groups > 0)(lambda: start(0, 0))
-    lax.fori_loop(0, groups, visit, None)
+        absorb(keys, values, hide, bring)
+
+    @pl.when(groups > 0)
+    def _() -> None:
+        start(0, 0, GROUP)
+        lax.fori_loop(0, groups - 1, lambda group, _: visit(group, True), None)
+        visit(groups - 1, False)
 
 
-def _forward_kernel(p: _Call, count: Any, addresses: Any, numbers: Any, q: Any, *refs: Any) -> None:
+def _forward_kernel(p: _Call, count: Any, words: Any, positions: Any, q: Any, *refs: Any) -> None:
     rows, refs = (refs[0], refs[1:]) if p.causal else (None, refs)
     k, v, out, lse, k_buffer, v_buffer, filled, *sums = refs
     online = Online(*sums)
     online.clear()
 
-    def absorb(keys: Any, values: Any, hide: Any) -> None:
+    def absorb(keys: Any, values: Any, hide: Any, bring: Any) -> None:
         def product(piece: Any) -> Any:
             return dot(q[0, 0, 0, piece], keys, (1, 1))
 
         def weigh(piece: Any, s: Any) -> None:
+            bring(piece)
             weight, shrink = online.weights(piece, hide(piece, s), True)
             online.add(piece, dot(weight.astype(p.dtype), values, (1, 0)), shrink)
 
         work_through(p.pieces, product, weigh)
 
-    _visit(p, _Lists(count, addresses, numbers), rows, _streams(p, k, v, k_buffer, v_buffer, filled), absorb)
+    _visit(p, _Lists(count, words, positions), rows, _streams(p, k, v, k_buffer, v_buffer, filled), absorb)
     found, lse[0, 0, 0] = online.results(True)
     out[0, 0, 0] = found.astype(out.dtype)
 
 
-def _gradient_kernel(p: _Call, count: Any, addresses: Any, numbers: Any, q: Any, *refs: Any) -> None:
+def _gradient_kernel(p: _Call, count: Any, words: Any, positions: Any, q: Any, *refs: Any) -> None:
     rows, refs = (refs[0], refs[1:]) if p.causal else (None, refs)
     k, v, d_out, norm, delta, dq, k_buffer, v_buffer, filled, norms, deltas, acc = refs
     norms[...] = jnp.broadcast_to(norm[0, 0, 0], (LANES, p.rows)).T
     deltas[...] = jnp.broadcast_to(delta[0, 0, 0], (LANES, p.rows)).T
     acc[...] = jnp.zeros_like(acc)
 
-    def absorb(keys: Any, values: Any, hide: Any) -> None:
+    def absorb(keys: Any, values: Any, hide: Any, bring: Any) -> None:
         def products(piece: Any) -> tuple[Any, Any]:
             return dot(q[0, 0, 0, piece], keys, (1, 1)), dot(d_out[0, 0, 0, piece], values, (1, 1))
 
         def collect(piece: Any, both: tuple[Any, Any]) -> None:
+            bring(piece)
             s, dw = both
             weight = jnp.exp2(hide(piece, s) - wide(norms[piece], GROUP))
             ds = weight * (dw - wide(deltas[piece], GROUP))
@@ -319,5 +331,5 @@ def _gradient_kernel(p: _Call, count: Any, addresses: Any, numbers: Any, q: Any,
 
         work_through(p.pieces, products, collect)
 
-    _visit(p, _Lists(count, addresses, numbers), rows, _streams(p, k, v, k_buffer, v_buffer, filled), absorb)
+    _visit(p, _Lists(count, words, positions), rows, _streams(p, k, v, k_buffer, v_buffer, filled), absorb)
     dq[0, 0, 0] = (acc[...] / LOG2E).astype(dq.dtype)
