@@ -68,9 +68,7 @@ class Request:
 
     @property
     def product_dtype(self) -> Any:
-        """The type in which to multiply: the inputs' own, summed in float32, but float32 on CPUs, which have no fast
-        low-precision matrix unit (and whose compiler refuses some such products)."""
-        return jnp.float32 if jax.default_backend() == "cpu" else self.q.dtype
+        return product_dtype(self.q.dtype)
 
     def bound_mask(self) -> Bound | None:
         return None if self.mask is None else self.mask.bind(self.geometry)
@@ -80,6 +78,12 @@ class Request:
         own = self.weights.score(self.geometry)
         score = own if self.score is None else self.score if own is None else self.score >> own
         return None if score is None else score.bind(self.geometry)
+
+
+def product_dtype(dtype: Any) -> Any:
+    """The type in which to multiply: the inputs' own, summed in float32, but float32 on CPUs, which have no fast
+    low-precision matrix unit (and whose compiler refuses some such products)."""
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
 def make_request(
@@ -107,7 +111,7 @@ def make_request(
     q, k = jnp.asarray(q), jnp.asarray(k)
     v = k if one else jnp.asarray(v)  # kernels read an array that is both once
     if pages is None:
-        lead = _check_shapes(q, k, v, scales)
+        lead = check_shapes(q, k, v, scales)
         keys = k.shape[-3]
         batch = int(np.prod(lead))
         q, k = (x.reshape(batch, *x.shape[-3:]) for x in (q, k))
@@ -117,8 +121,8 @@ def make_request(
         batch, keys = q.shape[0], pages.shape[1] * k.shape[1]
     g = Geometry(
         batch, q.shape[2], k.shape[2], q.shape[1], keys,
-        _positions("q_positions", q_positions, lead, (q.shape[1],)),
-        _positions("kv_positions", kv_positions, lead, (keys,), k.shape[2]),
+        as_positions("q_positions", q_positions, lead, (q.shape[1],)),
+        as_positions("kv_positions", kv_positions, lead, (keys,), k.shape[2]),
     )  # fmt: skip
     the_score = _as_score(score, g, lead)
     if bias is not None:
@@ -165,7 +169,7 @@ def _as_pages(pages: Any, q: Array, k: Array, v: Array, placed: bool) -> Array:
         raise ValueError(
             f"pages: needs q [B, T, N, H], pools k [P, page, K, H] and v [P, page, K, Hv], and pages [B, M]; got {shapes}"
         )
-    _check_shapes(q[:1], k[:1], v[:1])
+    check_shapes(q[:1], k[:1], v[:1])
     if k.shape[0] != v.shape[0]:
         raise ValueError(f"pages: the pools k and v must have as many pages as each other, got {shapes}")
     known = concrete(pages)
@@ -176,7 +180,11 @@ def _as_pages(pages: Any, q: Array, k: Array, v: Array, placed: bool) -> Array:
     return pages.astype(jnp.int32)
 
 
-def _check_shapes(q: Array, k: Array, v: Array, scales: tuple[Array | None, Array | None] = (None, None)) -> tuple[int, ...]:
+def check_shapes(q: Array, k: Array, v: Array, scales: tuple[Array | None, Array | None] = (None, None)) -> tuple[int, ...]:
+    """The leading axes of queries, keys and values; raises what :func:`attention` does where these do not fit.
+
+    scales: of k and v, where they hold 8-bit numbers.
+    """
     for name, x, scale in (("q", q, None), ("k", k, scales[0]), ("v", v, scales[1])):
         if x.ndim < 3:
             raise ValueError(f"{name} has shape {x.shape}; attention takes [..., length, heads, width], at least 3 axes")
@@ -230,7 +238,7 @@ def _as_score(x: Any, g: Geometry, lead: tuple[int, ...]) -> Score | None:
                     "to the logits goes to bias=")  # fmt: skip
 
 
-def _positions(name: str, x: Any, lead: tuple[int, ...], tail: tuple[int, ...], kv_heads: int | None = None) -> Any:
+def as_positions(name: str, x: Any, lead: tuple[int, ...], tail: tuple[int, ...], kv_heads: int | None = None) -> Any:
     """``[T]`` or ``[*batch, T]`` -> ``[B|1, T]``; for keys also ``[*batch, K, S]`` -> ``[B|1, K|1, S]``."""
     if x is None:
         return None

@@ -16,16 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import jobs
 from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
 from pallas_kernels.tpu.launch import launch
+from pallas_kernels.tpu.online import Online
 from pallas_kernels.tpu.problem import (
     HIDDEN,
     HIDDEN_BELOW,
-    LANES,
-    LOG2E,
     Piece,
     Problem,
     dot,
@@ -34,7 +32,6 @@ from pallas_kernels.tpu.problem import (
     read_operand,
     row_maps,
     visible,
-    wide,
     work_through,
 )
 
@@ -148,11 +145,7 @@ def forward(p: Problem, tiles: Jobs, x: Inputs) -> tuple[Any, Any]:
         inputs=[x.q, *read, *x.score, *x.mask],
         out_specs=[pl.BlockSpec((1, 1, p.block_q, width), query), pl.BlockSpec((1, 1, 1, p.block_q), statistic)],
         out_shape=[out, jax.ShapeDtypeStruct((p.batch, p.heads, 1, x.q.shape[2]), jnp.float32)],
-        scratch=[
-            pltpu.VMEM((p.block_q, LANES), jnp.float32),
-            pltpu.VMEM((p.block_q, LANES), jnp.float32),
-            pltpu.VMEM((p.block_q, width), jnp.float32),
-        ],
+        scratch=Online.scratch(p.block_q, width),
         parallel=2,
         cost=cost(p, tiles, x.q.shape[-1] + width, (x.q, out), read, p.block_k),
     )
@@ -170,17 +163,15 @@ def _forward_kernel(p: Problem, tiles: Jobs, scaled: bool, words: Any, count: An
     dtype = q.dtype
     cut = len(p.score_layouts)
     score_refs, mask_refs = refs[:cut], refs[cut : cut + len(p.mask_layouts)]
-    out, lse, top, total, acc = refs[cut + len(p.mask_layouts) :]
+    out, lse, *sums = refs[cut + len(p.mask_layouts) :]
+    online = Online(*sums)
     b, h = pl.program_id(0), pl.program_id(1)
     word, live = current(p, tiles.capacity, b, h, pl.program_id(2), words, count)
     here = b + call[2], h + call[3]
-    exp = jnp.exp2 if p.base2 else jnp.exp
 
     @pl.when(live & (jobs.first(word) == 1))
     def _() -> None:
-        top[...] = jnp.full_like(top, HIDDEN)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
+        online.clear()
 
     def product(at: Piece) -> Any:
         return dot(q[0, 0, pl.ds(at.row, at.rows)], widened(k[0, 0, pl.ds(at.column, at.columns)], dtype), (1, 1))
@@ -189,11 +180,7 @@ def _forward_kernel(p: Problem, tiles: Jobs, scaled: bool, words: Any, count: An
         rows = pl.ds(at.row, at.rows)
         s = logits(p, s, at, *here, masked, score_refs, mask_refs)
         if p.phi is None:
-            before = top[rows]
-            now = jnp.maximum(before, s.max(-1, keepdims=True))
-            weight, shrink = exp(s - wide(now, at.columns)), exp(before - now)
-            top[rows] = now
-            total[rows] = total[rows] * shrink + weight.sum(-1, keepdims=True)
+            weight, shrink = online.weights(rows, s, p.base2)
         else:
             weight = pointwise(p, s)
         if p.keep is not None:
@@ -201,7 +188,10 @@ def _forward_kernel(p: Problem, tiles: Jobs, scaled: bool, words: Any, count: An
         if value_scale is not None:
             weight = weight * value_scale[0, 0, :, pl.ds(at.column, at.columns)]
         add = dot(weight.astype(dtype), widened(v[0, 0, pl.ds(at.column, at.columns)], dtype), (1, 0))
-        acc[rows] = acc[rows] + add if p.phi is not None else acc[rows] * wide(shrink, add.shape[1]) + add
+        if p.phi is None:
+            online.add(rows, add, shrink)
+        else:
+            online.acc[rows] += add
 
     def tile(masked: bool) -> None:
         work = pieces(p, jobs.major(word), jobs.minor(word), call, sideways=False)
@@ -213,12 +203,8 @@ def _forward_kernel(p: Problem, tiles: Jobs, scaled: bool, words: Any, count: An
     @pl.when(live & (jobs.last(word) == 1))
     def _() -> None:
         if p.phi is not None:
-            out[0, 0] = acc[...].astype(out.dtype)
+            out[0, 0] = online.acc[...].astype(out.dtype)
             lse[...] = jnp.zeros_like(lse)
             return
-        seen = top[...] > HIDDEN_BELOW
-        safe = jnp.where(seen, total[...], 1.0)
-        scale = jnp.where(seen, 1.0 / safe, 0.0)
-        out[0, 0] = (acc[...] * wide(scale, acc.shape[1])).astype(out.dtype)
-        log = top[...] / LOG2E + jnp.log(safe) if p.base2 else top[...] + jnp.log(safe)
-        lse[0, 0] = jnp.where(seen, log, -jnp.inf).T[:1]
+        found, lse[0, 0] = online.results(p.base2)
+        out[0, 0] = found.astype(out.dtype)

@@ -59,9 +59,11 @@ def launch(
     scratch: Sequence[Any],
     parallel: int,
     cost: pl.CostEstimate | None = None,
+    checked: bool = True,
 ) -> Any:
     """One kernel call; ``scalars`` are in scalar memory before the first step, and the first ``parallel`` axes of the grid
-    may be divided among cores. cost: what the compiler is told of the whole call, which it cannot look into."""
+    may be divided among cores. cost: what the compiler is told of the whole call, which it cannot look into. checked: whether
+    the device checks the bounds of each copy too, not only the simulator."""
     interpret: Any = False
     semantics: Any = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
     if simulated():
@@ -77,7 +79,7 @@ def launch(
             scratch_shapes=list(scratch),
         ),
         out_shape=list(out_shape),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, disable_bounds_checks=not checked),
         interpret=interpret,
         cost_estimate=cost,
         name=name,

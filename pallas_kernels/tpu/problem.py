@@ -228,7 +228,7 @@ def pieces(p: Problem, i: Any, j: Any, call: Any, sideways: bool) -> list[Piece]
     ]
 
 
-def work_through(work: list[Piece], product: Callable[[Piece], Any], absorb: Callable[[Piece, Any], None]) -> None:
+def work_through(work: list[Any], product: Callable[[Any], Any], absorb: Callable[[Any, Any], None]) -> None:
     """Absorb every piece's product, having issued the next piece's first."""
     here = product(work[0])
     for at, following in zip(work, [*work[1:], None], strict=True):

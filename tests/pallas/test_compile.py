@@ -267,3 +267,54 @@ def test_tokens_divided_over_a_mesh():
     for name, kernels, moves in lines:
         assert kernels == ["forward", "dq", "dkv"], name
         assert moves == (["all-to-all"] if name == "all_to_all" else ["collective-permute"]), name
+
+
+LISTED = """
+import json, sys
+import jax, jax.numpy as jnp
+from attnzoo.core.gathered import gathered_attention
+from pallas_kernels import schedule
+
+def shapes(t, s, n, k, h, hv, lists, blocks, most, dtype="bfloat16", b=1):
+    of = lambda *x: jax.ShapeDtypeStruct(x, dtype)
+    return [of(b, t, n, h), of(b, s, k, h), of(b, s, k, hv), jax.ShapeDtypeStruct((b, lists, blocks, most), "int32")]
+
+def forward(q, k, v, positions):
+    return gathered_attention(q, k, v, positions, backend="pallas", return_lse=True)
+
+def gradient(q, k, v, positions):
+    return jax.grad(lambda *x: (gathered_attention(
+        *x, positions, backend="pallas", block_q=512, q_positions=jnp.arange(q.shape[1])).astype(jnp.float32) ** 2).sum(),
+        (0, 1, 2))(q, k, v)
+
+def decode(q, k, v, positions):  # k, v: a cache [B, K, S, H]
+    return gathered_attention(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), positions, backend="pallas")
+
+cache = jax.ShapeDtypeStruct((4, 2, 32768, 128), "bfloat16")
+CASES = {
+    "stripes": (forward, shapes(16384, 16384, 8, 2, 128, 128, 8, 8, 4096)),
+    "stripes, gradient": (gradient, shapes(4000, 4000, 4, 2, 128, 128, 4, 8, 1000)),
+    "float32, padded widths, gradient": (gradient, shapes(1000, 2000, 4, 2, 80, 64, 2, 2, 500, "float32")),
+    "wide heads": (forward, shapes(2048, 8192, 4, 2, 256, 256, 4, 1, 65536)),
+    "decoding": (decode, [jax.ShapeDtypeStruct((4, 1, 8, 128), "bfloat16"), cache, cache,
+                          jax.ShapeDtypeStruct((4, 2, 1, 2048), "int32")]),
+}
+generation, *names = sys.argv[1:]
+for name in names or CASES:
+    f, arguments = CASES[name]
+    program = schedule.compiled(generation, f, arguments)
+    text, memory = program.as_text(), program.memory_analysis()
+    kernels = [kernel for kernel in ("forward", "dq") if f"attnzoo_gather_{kernel}" in text]
+    print(json.dumps([name, kernels, memory.argument_size_in_bytes, memory.temp_size_in_bytes]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "7x"])
+def test_listed_keys_compile(generation):
+    """And a cache is read where it lies: decoding makes no copy of it."""
+    found = {name: rest for name, *rest in run(LISTED, generation)}
+    assert len(found) == 5
+    for name, (kernels, arguments, temporaries) in found.items():
+        assert kernels == (["forward", "dq"] if "gradient" in name else ["forward"]), name
+        if name == "decoding":
+            assert temporaries < arguments / 50
