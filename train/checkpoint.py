@@ -5,6 +5,7 @@ import contextlib
 import copy
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ import orbax.checkpoint as ocp
 from train.trainer import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every step of its work, and what it raises too
+
+
+_REMOVED = "removed"
+"""Beside the checkpoints: those that are being deleted."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Checkpoints:
         self._open = contextlib.ExitStack()
         if keep is not None:
             self._open.enter_context(_own_loops())  # for the threads that write
+            self._discard()
         self._manager = ocp.CheckpointManager(self.folder, options=_options(keep), item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -70,6 +76,7 @@ class Checkpoints:
         one before it, could not be written; the checkpoints before stay as they are.
         """
         model, optimizer = _parts(state)
+        threading.Thread(target=self._discard).start()
         with self._writing():
             self._manager.save(
                 step,
@@ -92,6 +99,14 @@ class Checkpoints:
         """Ends as `wait` does, and reads and writes no more."""
         with self._open, self._writing():
             self._manager.close()
+            self._discard()
+
+    def _discard(self) -> None:
+        """Deletes what was set aside. A folder that a kill left half deleted must not look like a checkpoint, so those that
+        do not stay are renamed first."""
+        if jax.process_index() == 0:
+            for folder in (self.folder / _REMOVED).glob("*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -167,6 +182,7 @@ def _options(keep: Keep | None) -> ocp.CheckpointManagerOptions:
         best_fn=_quality,
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep.last), best]),
         cleanup_tmp_directories=True,
+        todelete_subdir=_REMOVED,
         enable_async_checkpointing=True,
     )
 

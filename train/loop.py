@@ -160,7 +160,8 @@ class _Run:
                     self._evaluate(display)
                 if save or (evaluate and self._is_best()):
                     self._save()
-                self.metrics.flush()
+                with self._recording():
+                    self.metrics.flush()
                 stopped = processes.anywhere(interrupted())  # several processes must stop after the same step
                 clock = time.monotonic()
             if stopped and self.step > self.start:
@@ -182,17 +183,37 @@ class _Run:
             loss, norm = float(values["loss"]), float(values["gradient_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._not_finite(step, loss, norm)
-            self.metrics.write(step, {f"train/{name}": float(value) for name, value in values.items()})
+            self._record(step, {f"train/{name}": float(value) for name, value in values.items()})
         speed = left = None
         if self.seconds_per_step:
             typical = statistics.median(self.seconds_per_step[-5:])
             speed, left = self.task.units_per_step / typical, typical * (self.config.steps - self.step)
-            self.metrics.write(self.step, {f"train/{self.task.unit}_per_second": speed})
+            self._record(self.step, {f"train/{self.task.unit}_per_second": speed})
         mean = sum(float(values["loss"]) for values in fetched) / len(fetched)
         display.update(self.step, mean, speed, left)
 
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        with self._recording():
+            self.metrics.write(step, values)
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Turns a failed write of metrics into one paragraph; a checkpoint that is on its way to the same disk says more."""
+        try:
+            yield
+        except OSError as error:
+            if self.alone:
+                self.checkpoints.wait()
+            kept = self.checkpoints.steps()
+            left = f"the checkpoint of step {kept[-1]} is whole" if kept else "there is no checkpoint yet"
+            raise OSError(
+                f"metrics could not be written to {self.folder} ({error}). Nothing else was touched: {left}; make room and go "
+                "on with --resume"
+            ) from error
+
     def _not_finite(self, step: int, loss: float, norm: float) -> NotFinite:
-        self.metrics.flush()
+        with self._recording():
+            self.metrics.flush()
         self.checkpoints.wait()
         kept = self.checkpoints.steps()
         where = (
@@ -209,7 +230,7 @@ class _Run:
         self.score = self.trainer.evaluate(self.state, self.task.validation_batches())
         self.scored = self.step
         scores = {f"validation/{name}": value for name, value in self.score.items()}
-        self.metrics.write(self.step, {**scores, "data/skipped_records": self.task.tally.skipped.total()})
+        self._record(self.step, {**scores, "data/skipped_records": self.task.tally.skipped.total()})
         display.score(f"validation {self.score[self.task.metric]:.3f} {self.task.quality}")
 
     def _quality(self) -> float | None:
@@ -248,7 +269,8 @@ class _Run:
         shown = finished and self.first
         baselines = self.task.baselines() if shown else {}
         sample = self.task.closing(model) if shown and model is not None else ("", "")
-        self.metrics.flush()
+        with self._recording():
+            self.metrics.flush()
         if shown:
             self._plot(baselines)
         result = Result(
