@@ -25,11 +25,11 @@ from pallas_kernels.tpu.online import Online
 from pallas_kernels.tpu.problem import HIDDEN, LANES, LOG2E, dot, upright, wide, work_through
 
 #: Keys that are in the matrix units at a time.
-GROUP = 128
+GROUP = 256
 #: Positions of one list: two lists are in scalar memory at a time.
 MOST_LISTED = jobs.MOST_BYTES // 8
-#: Queries of a block: what one core's vector memory holds with their sums, up to a head width of 256.
-MOST_ROWS = 1024
+#: Queries of a block whose rows take up to 256 bytes: what vector memory holds, twice, with their sums.
+MOST_ROWS = 2048
 #: Queries of the pieces in which a block is worked through.
 _PIECE = 128
 
@@ -48,12 +48,18 @@ class Listed(NamedTuple):
     rows: Any = None
 
 
+def most_rows(x: Listed) -> int:
+    """Queries of a block that fit into vector memory."""
+    widest = max(-(-a.shape[-1] // LANES) * LANES * a.dtype.itemsize for a in (x.k, x.v))
+    return MOST_ROWS * 256 // max(256, widest)
+
+
 def forward(x: Listed) -> tuple[Any, Any]:
     """``out [B, P, Tq, R, Hv]`` in the type of v and ``lse [B, P, Tq, R]`` float32 (natural logarithm).
 
     Softmax in float32 over the listed keys; a position that stands twice counts twice. Rows that see nothing: 0 and -inf.
-    Takes float32 or bfloat16, up to MOST_LISTED positions and MOST_ROWS queries per block, positions within S. Widths that are
-    no multiples of 128, and in bfloat16 an odd S, cost a padded copy of the array.
+    Takes float32 or bfloat16, up to MOST_LISTED positions and :func:`most_rows` queries per block, positions within S. Widths
+    that are no multiples of 128, and in bfloat16 an odd S, cost a padded copy of the array.
     """
     p, x, d = _Call.of(x), _padded(x), x.v.shape[-1]
     width = x.v.shape[-1]
@@ -254,7 +260,7 @@ def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream],
     groups = lax.div(lists.count[0, 0, 0, 0, 0] + (GROUP - 1), GROUP)
     share = -(-GROUP // len(p.pieces))
 
-    def start(group: Any, first: int, last: int) -> None:
+    def start(group: Any, first: int, last: int, unroll: Any) -> None:
         slot = lax.rem(group, 2)
 
         def row(n: Any, _: None) -> None:
@@ -262,7 +268,7 @@ def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream],
             for stream in streams:
                 stream.start(word, slot, n)
 
-        lax.fori_loop(first, last, row, None, unroll=not simulated())
+        lax.fori_loop(first, last, row, None, unroll=unroll)
 
     def visit(group: Any, ahead: bool) -> None:
         across = lists.positions[0, 0, 0, :, pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)]
@@ -278,13 +284,13 @@ def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream],
         def bring(piece: Any) -> None:
             first = piece.start // _PIECE * share
             if ahead and first < GROUP:
-                start(group + 1, first, min(first + share, GROUP))
+                start(group + 1, first, min(first + share, GROUP), not simulated())
 
         absorb(keys, values, hide, bring)
 
     @pl.when(groups > 0)
     def _() -> None:
-        start(0, 0, GROUP)
+        start(0, 0, GROUP, 8)
         lax.fori_loop(0, groups - 1, lambda group, _: visit(group, True), None)
         visit(groups - 1, False)
 

@@ -229,7 +229,7 @@ def forward(q, k, v, positions):
 
 def gradient(q, k, v, positions):
     return jax.grad(lambda *x: (gathered_attention(
-        *x, positions, backend="pallas", block_q=512, q_positions=jnp.arange(q.shape[1])).astype(jnp.float32) ** 2).sum(),
+        *x, positions, backend="pallas", block_q=2048, q_positions=jnp.arange(q.shape[1])).astype(jnp.float32) ** 2).sum(),
         (0, 1, 2))(q, k, v)
 
 def decode(q, k, v, positions):  # k, v: a cache [B, K, S, H]
@@ -238,9 +238,9 @@ def decode(q, k, v, positions):  # k, v: a cache [B, K, S, H]
 cache = jax.ShapeDtypeStruct((4, 2, 32768, 128), "bfloat16")
 CASES = {
     "stripes": (forward, shapes(16384, 16384, 8, 2, 128, 128, 8, 8, 4096)),
-    "stripes, gradient": (gradient, shapes(4000, 4000, 4, 2, 128, 128, 4, 8, 1000)),
-    "float32, padded widths, gradient": (gradient, shapes(1000, 2000, 4, 2, 80, 64, 2, 2, 500, "float32")),
-    "wide heads": (forward, shapes(2048, 8192, 4, 2, 256, 256, 4, 1, 65536)),
+    "stripes, gradient": (gradient, shapes(4000, 4000, 4, 2, 128, 128, 4, 2, 1000)),
+    "float32, padded widths, gradient": (gradient, shapes(4000, 4000, 4, 2, 80, 64, 2, 2, 500, "float32")),
+    "wide heads": (forward, shapes(2048, 8192, 4, 2, 256, 256, 4, 1, 65536, "float32")),
     "decoding": (decode, [jax.ShapeDtypeStruct((4, 1, 8, 128), "bfloat16"), cache, cache,
                           jax.ShapeDtypeStruct((4, 2, 1, 2048), "int32")]),
 }

@@ -80,10 +80,10 @@ attend.defvjp(_forward, _backward)
 
 def _in_parts(run: Any, x: Any, *more: Array) -> Any:
     """A kernel's results; blocks of more queries than it holds are several that share a list."""
-    from pallas_kernels.tpu.gather import MOST_ROWS
+    from pallas_kernels.tpu.gather import most_rows
 
     batch, lists, blocks, queries, _ = x.q.shape
-    parts = -(-queries // MOST_ROWS)
+    parts = -(-queries // most_rows(x))
     if parts == 1:
         return run(x, *more)
     rows = -(-queries // parts)
