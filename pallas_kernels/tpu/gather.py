@@ -25,7 +25,7 @@ from pallas_kernels.tpu.online import Online
 from pallas_kernels.tpu.problem import HIDDEN, LANES, LOG2E, dot, upright, wide, work_through
 
 #: Keys that are in the matrix units at a time.
-GROUP = 128
+GROUP = 256
 #: Positions of one list: two lists are in scalar memory at a time.
 MOST_LISTED = jobs.MOST_BYTES // 8
 #: Queries of a block whose rows take up to 256 bytes: what vector memory holds, twice, with their sums.
@@ -260,7 +260,7 @@ def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream],
     groups = lax.div(lists.count[0, 0, 0, 0, 0] + (GROUP - 1), GROUP)
     share = -(-GROUP // len(p.pieces))
 
-    def start(group: Any, first: int, last: int) -> None:
+    def start(group: Any, first: int, last: int, unroll: Any) -> None:
         slot = lax.rem(group, 2)
 
         def row(n: Any, _: None) -> None:
@@ -268,7 +268,7 @@ def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream],
             for stream in streams:
                 stream.start(word, slot, n)
 
-        lax.fori_loop(first, last, row, None, unroll=not simulated())
+        lax.fori_loop(first, last, row, None, unroll=unroll)
 
     def visit(group: Any, ahead: bool) -> None:
         across = lists.positions[0, 0, 0, :, pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)]
@@ -284,13 +284,13 @@ def _visit(p: _Call, lists: _Lists, rows: Any, streams: tuple[_Stream, _Stream],
         def bring(piece: Any) -> None:
             first = piece.start // _PIECE * share
             if ahead and first < GROUP:
-                start(group + 1, first, min(first + share, GROUP))
+                start(group + 1, first, min(first + share, GROUP), not simulated())
 
         absorb(keys, values, hide, bring)
 
     @pl.when(groups > 0)
     def _() -> None:
-        start(0, 0, GROUP)
+        start(0, 0, GROUP, 8)
         lax.fori_loop(0, groups - 1, lambda group, _: visit(group, True), None)
         visit(groups - 1, False)
 

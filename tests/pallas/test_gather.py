@@ -15,6 +15,13 @@ from pallas_kernels.tpu.launch import simulation
 from tests.core.listed import Case
 from tests.core.oracle import oracle
 
+
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch):
+    """Few keys make several groups, and few copies to simulate."""
+    monkeypatch.setattr(gather, "GROUP", 32)
+
+
 CASES = {
     "two groups of keys, a list for every query head": Case((1, 20, 200, 2, 1, 16, 24), (2, 1, 150)),
     "decoding, lists of key heads": Case((1, 1, 90, 4, 2, 16, 16), (2, 1, 60)),
@@ -112,6 +119,12 @@ def test_refusals_name_the_reason(reason):
     arguments = {"q": x, "k": x, "v": x, "positions": jnp.zeros((1, 2, 1, 4), jnp.int32)} | REFUSED[reason]
     with simulation(), pytest.raises(ValueError, match=f"'pallas' cannot run this: .*{reason}.*; 'blockwise' can"):
         gathered_attention(**arguments, backend="pallas")
+
+
+@pytest.mark.slow
+def test_groups_of_their_real_size(monkeypatch):
+    monkeypatch.undo()
+    check(SLOW["several batch rows and blocks"], jnp.bfloat16, 0.03)
 
 
 @pytest.mark.slow
