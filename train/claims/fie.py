@@ -8,7 +8,6 @@ A reader that finds every passage's entity and prefers none of them is right hal
 six passages name the answer.
 """
 
-import functools
 import time
 from collections.abc import Sequence
 
@@ -42,7 +41,7 @@ class Reader(nnx.Module):
         return self.scorer(self.encoder(passages)[1])
 
 
-def questions(key: Array, batch: int) -> tuple[Int[Array, "B P S"], Int[Array, "B"]]:
+def questions(key: Array, batch: int = 64) -> tuple[Int[Array, "B P S"], Int[Array, "B"]]:
     """(passages, the entity that occurs most)."""
     of_entities, of_noise, of_places, of_order = jax.random.split(key, 4)
     chosen = jnp.argsort(jax.random.uniform(of_entities, (batch, ENTITIES)))[:, : PASSAGES - TIMES + 1]
@@ -84,7 +83,7 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
         passages, answer = questions(jax.random.fold_in(jax.random.key(seed), 1), 2048)
         for name, n_global in METHODS.items():
             model = Reader(n_global, rngs=nnx.Rngs(seed))
-            fit(model, loss, functools.partial(questions, batch=64), steps=steps, seed=seed)
+            fit(model, loss, questions, steps=steps, seed=seed)
             span, string = answers(model, passages)
             values[f"{name}, best span"].append(float((span == answer).mean()))
             values[f"{name}, best string"].append(float((string == answer).mean()))

@@ -1,17 +1,20 @@
 """The claim of paper 46: a model that knows which columns depend on which learns the dependencies sooner.
 
 Rows of 12 features with 10 values: 2, 3 and 5 are random functions of 0, 1 and 4, the others noise. Written in random
-order, read by a language model of 2 layers, D = 48, N = 4; 2000 steps of 64 rows with Adam at 2e-3. GraDe's graph is guided
-by the dependencies found in 500 rows, against the same model without it. Measured on 4096 fresh rows: how often features 2
-and 3 are named rightly where their determinant stands earlier in the row, mean of the two.
+order, read by a language model of 2 layers, D = 48, N = 4; 1250 steps of 64 rows with Adam at 2e-3. GraDe's graph is guided
+by the dependencies found in 500 rows, against the same model without it. Measured on 4096 fresh rows, every 250 steps: how
+often features 2 and 3 are named rightly where their determinant stands earlier in the row, mean of the two and of the five
+times.
 
-It takes steps for the graph to leave its flat start, and where every feature has value tokens of its own the task is too
-easy to tell the two apart. The 2000 steps, the summed cross-entropy and the margin were settled after a look at seeds 0 and
-1, so others are reported. Both models start from the same weights.
+Where every feature has value tokens of its own the task is too easy to tell the two apart. At first the end of 2000 steps was
+measured, with a margin of 0.1 that was settled after a look at seeds 0 and 1: with seeds 2 and 3 both models then name all
+(1.000 and 1.000), which says nothing of who learned sooner. The mean over training does; it was chosen, with its margin of
+0.05, before seeds 4 and 5 were looked at. Both models start from the same weights.
 """
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,7 @@ from attnzoo.zoo.graph.grade import (
 from train.claims import ClaimResult
 from train.claims.common import fit
 
-FEATURES, VALUES, BATCH = 12, 10, 64
+FEATURES, VALUES, BATCH, EVERY = 12, 10, 64, 250
 PLANTED = [(0, 2), (1, 3), (4, 5)]
 JUDGED = PLANTED[:2]
 
@@ -82,12 +85,12 @@ def accuracies(model: GraDeLM, batch: tuple[Array, Array, Array]) -> Float[Array
     return jnp.stack(found)
 
 
-def run(seeds: Sequence[int] = (2, 3), quick: bool = False) -> ClaimResult:
+def run(seeds: Sequence[int] = (4, 5), quick: bool = False) -> ClaimResult:
     """quick: a few steps, to see that it runs."""
     start = time.perf_counter()
-    steps = 8 if quick else 2000
+    steps, every = (8, 4) if quick else (1250, EVERY)
     values: dict[str, list[float]] = {"GraDe": [], "plain": []}
-    each: dict[str, list[list[float]]] = {name: [] for name in values}
+    curves: dict[str, list[list[float]]] = {name: [] for name in values}
     dependencies = []
     for seed in seeds:
         key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -100,22 +103,27 @@ def run(seeds: Sequence[int] = (2, 3), quick: bool = False) -> ClaimResult:
             of_graph = nnx.Rngs(1000 + seed)
             graph = FeatureGraph(FEATURES, prior_graph(FEATURES, known), rngs=of_graph) if name == "GraDe" else None
             model = GraDeLM(config, graph, rngs=nnx.Rngs(seed))
-            fit(model, loss, Partial(batch, maps), steps=steps, seed=seed)
-            found = [round(float(a), 4) for a in accuracies(model, test)]
-            each[name].append(found)
+            found: list[float] = []
+
+            def probe(step: int, model: GraDeLM, test: Any = test, found: list[float] = found) -> None:
+                if step:
+                    found.append(round(float(accuracies(model, test).mean()), 4))
+
+            fit(model, loss, Partial(batch, maps), steps=steps, seed=seed, probe=probe, every=every)
+            curves[name].append(found)
             values[name].append(float(np.mean(found)))
     return ClaimResult(
         key="grade",
         claim="a graph of functional dependencies in the attention makes a language model learn them in fewer steps",
-        metric="dependent values named rightly (share)",
+        metric="dependent values named rightly (share), mean over training",
         seeds=seeds,
         values=values,
-        margin="GraDe more than 0.1 above plain, with every seed",
-        reproduced=bool((np.subtract(values["GraDe"], values["plain"]) > 0.1).all()),
+        margin="GraDe more than 0.05 above plain, with every seed",
+        reproduced=bool((np.subtract(values["GraDe"], values["plain"]) > 0.05).all()),
         seconds=time.perf_counter() - start,
         details={
             "steps": steps,
-            "features 2 and 3, per seed": each,
+            f"every {every} steps, per seed": curves,
             "dependencies found, per seed": [[[*left, *right] for left, right in known] for known in dependencies],
             "guessing": round(1 / VALUES, 4),
         },

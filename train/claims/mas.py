@@ -30,7 +30,7 @@ SEGMENTS = np.array([0] * PROMPT + [-1], np.int32)
 MASKS: dict[str, Mask] = {"causal": Causal(), "MAS": SegmentBlockMask(SEGMENTS)}
 
 
-def prompts(key: Array, batch: int) -> tuple[Int[Array, "B 12"], Int[Array, "B"]]:
+def prompts(key: Array, batch: int = 64) -> tuple[Int[Array, "B 12"], Int[Array, "B"]]:
     """(prompt and marker, the symbol that occurs once)."""
     of_symbols, of_order = jax.random.split(key)
     chosen = jnp.argsort(jax.random.uniform(of_symbols, (batch, SYMBOLS)))[:, : PAIRS + 1]
@@ -52,22 +52,22 @@ def answers(model: Encoder, tokens: Int[Array, "B 12"], mask: Mask) -> Float[Arr
     return model.readout(model(tokens, mask=mask)[:, -1])
 
 
+def loss(model: Encoder, batch: tuple[Array, Array], *, mask: Mask) -> Float[Array, ""]:
+    """Mean cross-entropy of the answer in nats."""
+    tokens, singles = batch
+    return optax.softmax_cross_entropy_with_integer_labels(answers(model, tokens, mask), singles).mean()
+
+
 def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     """quick: a few steps, to see that it runs."""
     start = time.perf_counter()
     steps = 8 if quick else 1200
     values: dict[str, list[float]] = {name: [] for name in MASKS}
+    losses = {name: functools.partial(loss, mask=mask) for name, mask in MASKS.items()}
     for seed in seeds:
         for name, mask in MASKS.items():
             model = build(seed)
-
-            def loss(model: Encoder, batch: tuple[Array, Array], mask: Mask = mask) -> Array:
-                tokens, singles = batch
-                logits = answers(model, tokens, mask)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, singles).mean()
-
-            make_batch = functools.partial(prompts, batch=64)
-            fit(model, loss, make_batch, steps=steps, seed=seed, learning_rate=1e-3)
+            fit(model, losses[name], prompts, steps=steps, seed=seed, learning_rate=1e-3)
             tokens, singles = prompts(jax.random.fold_in(jax.random.key(seed), 1), 2048)
             values[name].append(float((answers(model, tokens, mask).argmax(-1) == singles).mean()))
     gains = np.subtract(values["MAS"], values["causal"])
