@@ -6,6 +6,7 @@ as a sum over the other axis would. The simulator knows no layouts and no wgmma:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ ROWS = 64
 TILE = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+_plgpu: Any = plgpu
+"""What differs in type between versions of JAX."""
+_LOAD = inspect.signature(plgpu.load)
 
 
 def laid(x: Any, layout: Any) -> Any:
@@ -40,13 +45,17 @@ def numbers(shape: tuple[int, int], axis: int, start: Any) -> Any:
 
 def read(ref: Any, index: tuple[Any, ...], layout: Any) -> Any:
     """A piece of shared or global memory."""
-    return ref[index] if simulated() else plgpu.load(ref, index, layout=layout, optimized=False)
+    if simulated():
+        return ref[index]
+    # Up to JAX 0.11 the index is an argument of its own.
+    source = (ref, index) if "idx" in _LOAD.parameters else (ref.at[index],)
+    return _plgpu.load(*source, layout=layout, optimized=False)
 
 
 def shared(shape: tuple[int, ...], dtype: Any, width: int = 128) -> Any:
     """Shared memory for operands of products, swizzled over ``width`` bytes: all operands of a product the same, and its sums
     run over a multiple of that width."""
-    transforms = (plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(width))
+    transforms = (_plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)), _plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

@@ -77,7 +77,7 @@ def tpa_decode(
     """
     a_k, b_k, a_v, b_v = held
     rank, width = b_k.shape[-2:]
-    f32 = {"preferred_element_type": jnp.float32}
+    f32: dict[str, Any] = {"preferred_element_type": jnp.float32}
     # Slots come first: the order in which factors are held, so that nothing of their size is transposed.
     logits = jnp.einsum("bsch,btrh->bsctr", b_k, b_q, **f32)
     if a_q is not None:
