@@ -3,7 +3,7 @@
 "Images" of nine patches, each one of four random codes of width 8 plus noise of 0.1; in half of the pairs one patch of the
 right image has another code than on the left. The network names the new code, or says "none". Two joint layers (D = 32,
 N = 4), then TAB, against the same layer opened (no gate, a skip connection around the attention) and TAB whose maps are not
-supervised. Cross-entropy plus, where they are, twice the loss of the maps, Adam with warm-up and a cosine from 3e-3, 1200
+supervised. Cross-entropy plus, where they are, twice the loss of the maps, Adam with warm-up and a cosine from 3e-3, 2500
 steps of 64 pairs.
 Measured: accuracy on 2048 fresh pairs; how much weight passes (1 - a_00) on changed and on unchanged pairs; whether the map
 points at the change; what is said when both maps are erased.
@@ -91,7 +91,7 @@ def measure(model: TABChangeModel, test: Pairs) -> dict[str, Array]:
 def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     """quick: a few steps, to see that it runs."""
     start = time.perf_counter()
-    steps = 8 if quick else 1200
+    steps = 8 if quick else 2500
     values: dict[str, list[float]] = {name: [] for name in METHODS}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     objectives = {weight: partial(loss, maps_weight=weight) for _, weight in METHODS.values()}
