@@ -23,6 +23,7 @@ LEAVES = {
     "attnzoo.paper",
     "attnzoo.errors",
     "attnzoo.costs",
+    "attnzoo.host_memory",
 }  # import nothing of ours; anyone may import them
 RUNTIME = {"jax", "flax", "jaxtyping", "numpy"}
 # What stands beside the layers, and what of ours it may import.

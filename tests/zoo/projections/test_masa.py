@@ -139,7 +139,7 @@ def test_dropout_goes_on(tokens):
 def test_freezing(tokens):
     model = MASATransformer(CONFIG, S, rngs=nnx.Rngs(0))
     frozen = freeze_coefficients(model)
-    np.testing.assert_allclose(forward(frozen, tokens), forward(model, tokens), atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(forward(frozen, tokens), forward(model, tokens), atol=4e-6, rtol=1e-6)
     assert any("embeddings" in path for path, _ in nnx.to_flat_state(nnx.state(model)))
     left = [path for path, _ in nnx.to_flat_state(nnx.state(frozen)) if "coefficients" in path]
     assert left == [("coefficients", "c")]
