@@ -28,7 +28,7 @@ from attnzoo.core.request import Request
 from attnzoo.core.scores import Score
 from attnzoo.core.weights import Pointwise, Thresholded, softmax
 
-#: Passes of a search at most; it ends when every row's weights sum to 1 to within TOLERANCE.
+#: Passes of a search at most; it ends when every row's weights sum to 1 to within TOLERANCE, or as near as the type tells.
 PASSES = 32
 TOLERANCE = 2e-6
 #: Beyond this, the logarithm of a sum says no more than that the trial was far off.
@@ -71,15 +71,16 @@ def run(r: Request, attend: Attend) -> Result:
     seen = ~jnp.isneginf(lse)
     reference = jnp.where(seen, weights.reference(lse / STRETCH, slack, r.geometry), 0)
     low, high = (jnp.broadcast_to(x, lse.shape) for x in weights.bracket(slack, r.geometry))
-    u = search(lambda u: jnp.where(seen, total(weights.at(reference, u)), 1), *map(lax.stop_gradient, (low, high)))
+    near = max(TOLERANCE, float(jnp.finfo(r.v.dtype).eps))  # sums come in the type of v
+    u = search(lambda u: jnp.where(seen, total(weights.at(reference, u)), 1), *map(lax.stop_gradient, (low, high)), near)
     excess = total(weights.at(reference, u)) - 1
     slope = lax.stop_gradient(total(weights.slope(reference, u)))
     u = u - jnp.where(seen, excess / jnp.where(slope > 0, slope, 1), 0)
     return attend(dataclasses.replace(r, weights=weights.at(reference, u)))
 
 
-def search(f: Callable[[Array], Array], low: Array, high: Array) -> Array:
-    """u in [low, high] with f(u) = 1, for an f that grows; every entry by itself. Has no derivative.
+def search(f: Callable[[Array], Array], low: Array, high: Array, near: float = TOLERANCE) -> Array:
+    """u in [low, high] with f(u) = 1 to within ``near``, for an f that grows; every entry by itself. Has no derivative.
 
     Regula falsi in log f, Anderson and Bjorck's (1973): where the same end moves twice, the other's value is scaled down, so
     that both ends close in.
@@ -102,9 +103,9 @@ def search(f: Callable[[Array], Array], low: Array, high: Array) -> Array:
         inside = ~tried | (following > low) & (following < high)
         following = jnp.where(inside, following, (low + high) / 2)
         off = jnp.nan_to_num(jnp.abs(y))
-        return count + 1, jnp.where(off > TOLERANCE, following, u), low, high, at_low, at_high, up, off.max()
+        return count + 1, jnp.where(off > near, following, u), low, high, at_low, at_high, up, off.max()
 
     unknown = jnp.full(low.shape, jnp.inf)
     ends = (low, high, -unknown, unknown, jnp.zeros(low.shape, bool))
     start = (0, high, *ends, jnp.inf)
-    return lax.while_loop(lambda s: (s[0] < PASSES) & (s[-1] > TOLERANCE), step, start)[1]
+    return lax.while_loop(lambda s: (s[0] < PASSES) & (s[-1] > near), step, start)[1]

@@ -98,3 +98,18 @@ def test_a_search_takes_few_passes(alpha):
         u = passes.search(total, *(jnp.broadcast_to(x, r.shape) for x in weights.bracket(slack, g)))
     assert len(tried) <= 10
     np.testing.assert_allclose(total(u), 1, atol=1e-5)
+
+
+def test_low_precision_ends_as_near_as_it_can_tell():
+    """Sums rounded as bfloat16 rounds them never come within the tolerance of float32."""
+    x = jax.random.normal(jax.random.key(2), (1, 1, 64, 100))
+    tried = []
+
+    def total(u):
+        tried.append(u)
+        return jnp.exp(x + u).sum(-1, keepdims=True).astype(jnp.bfloat16).astype(jnp.float32)
+
+    with jax.disable_jit():
+        u = passes.search(total, jnp.full((1, 1, 64, 1), -20.0), jnp.zeros((1, 1, 64, 1)), float(jnp.finfo(jnp.bfloat16).eps))
+    assert len(tried) <= 6
+    np.testing.assert_allclose(total(u), 1, atol=0.02)
