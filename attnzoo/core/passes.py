@@ -72,7 +72,8 @@ def run(r: Request, attend: Attend) -> Result:
     reference = jnp.where(seen, weights.reference(lse / STRETCH, slack, r.geometry), 0)
     low, high = (jnp.broadcast_to(x, lse.shape) for x in weights.bracket(slack, r.geometry))
     near = max(TOLERANCE, float(jnp.finfo(r.v.dtype).eps))  # sums come in the type of v
-    u = search(lambda u: jnp.where(seen, total(weights.at(reference, u)), 1), *map(lax.stop_gradient, (low, high)), near)
+    low, high = lax.stop_gradient(low), lax.stop_gradient(high)
+    u = search(lambda u: jnp.where(seen, total(weights.at(reference, u)), 1), low, high, near)
     excess = total(weights.at(reference, u)) - 1
     slope = lax.stop_gradient(total(weights.slope(reference, u)))
     u = u - jnp.where(seen, excess / jnp.where(slope > 0, slope, 1), 0)
