@@ -72,7 +72,7 @@ def division(g: Geometry) -> tuple[Any, Axes] | None:
 
     Raises ValueError when no rule was given, or it does not divide the batch or the key heads.
     """
-    mesh = _mesh()
+    mesh = current_mesh()
     if mesh is None:
         return None
     axes = _AXES.get()
@@ -94,7 +94,7 @@ def context_division(g: Geometry) -> tuple[Any, Axes] | None:
 
     Raises ValueError where they do not divide its batch, heads or lengths.
     """
-    mesh, axes = _mesh(), _AXES.get()
+    mesh, axes = current_mesh(), _AXES.get()
     if mesh is None or axes is None or not axes.context:
         return None
     parts = devices_along(mesh, "context", axes.context)
@@ -136,7 +136,7 @@ def operand_spec(op: Operand, axes: Axes) -> P:
     return P(b if op.x.shape[0] > 1 else None, h if op.x.shape[1] > 1 else None, rows)
 
 
-def _mesh() -> Any | None:
+def current_mesh() -> Any | None:
     """The current mesh; None on one device, and inside ``shard_map``."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or all(t == AxisType.Manual for t in mesh.axis_types):

@@ -57,16 +57,27 @@ class Normalised(Weights):
         return self.finish(w, lse)[0]
 
 
+@jax.custom_jvp
 def softmax_rows(s: Array, ok: Array) -> tuple[Array, Array]:
     """Softmax over the last axis among the visible cells, and its log-sum-exp (-inf for rows that see nothing)."""
     s = jnp.where(ok, s, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), HIDDEN))
+    top = jnp.maximum(s.max(-1, keepdims=True), HIDDEN)
     p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
     seen = total > 0
     safe = jnp.where(seen, total, 1)
     lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
     return p / safe, lse[..., 0]
+
+
+@softmax_rows.defjvp
+def _softmax_rows_jvp(primals: Any, tangents: Any) -> Any:
+    """``dw = w (ds - Σ w ds)``, ``d lse = Σ w ds``: half the passes over the cells that a derivative of each step takes."""
+    (s, ok), (ds, _) = primals, tangents
+    w, lse = softmax_rows(s, ok)
+    ds = jnp.where(ok, ds, 0)
+    mean = (w * ds).sum(-1, keepdims=True)
+    return (w, lse), (w * (ds - mean), mean[..., 0])
 
 
 @pytree()

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from attnzoo.core import sharding
 from attnzoo.core.backends.part import Part, PartGradients, no_gradient
 from attnzoo.core.backends.result import Result
 from attnzoo.core.backends.tiles import RowLists, Walk, row_lists
@@ -40,6 +41,9 @@ from attnzoo.core.request import Request
 from attnzoo.core.weights import HIDDEN, Normalised, Pointwise
 
 BLOCK = 512
+
+#: Logits that a CPU's last cache holds: where a tile of all batch rows has more, each row has tiles of its own.
+CACHED = 2**21
 
 
 def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
@@ -106,7 +110,9 @@ def part_gradients(part: Part, lse: Array, d_out: Array, delta: Array) -> PartGr
 def _problem(part: Part) -> tuple[Problem, list[Array], Rest]:
     bm, g, mask, score = part.block_map, part.geometry, part.mask, part.score
     sizes = dataclasses.replace(g, q_positions=None, kv_positions=None, origin=None)
-    walk = Walk(sizes, bm.block_q, bm.block_k, bm.state.shape[0] > 1, bm.state.shape[1] > 1)
+    per_batch, per_head = bm.state.shape[0] > 1, bm.state.shape[1] > 1
+    logits = g.batch * (1 if per_head else g.heads) * bm.block_q * bm.block_k
+    walk = Walk(sizes, bm.block_q, bm.block_k, per_batch or (logits > CACHED and _row_after_row()), per_head)
     pad = functools.partial(pad_operand, rows=walk.padding[0], cols=walk.padding[1])
     score_ops = [pad(op) for op in score.operands] if score else []
     mask_ops = [pad(op) for op in mask.operands] if mask else []
@@ -122,6 +128,11 @@ def _problem(part: Part) -> tuple[Problem, list[Array], Rest]:
     seed = None if part.dropout is None else part.dropout.seed
     rest = Rest(row_lists(bm, walk), [op.x for op in mask_ops], g.q_positions, g.kv_positions, seed, g.origin)
     return problem, [op.x for op in score_ops], rest
+
+
+def _row_after_row() -> bool:
+    """Whether batch rows may go one after another: where no mesh divides them, and the device is no parallel one."""
+    return jax.default_backend() == "cpu" and sharding.current_mesh() is None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

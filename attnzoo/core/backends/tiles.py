@@ -23,8 +23,9 @@ class RowLists(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Walk:
-    """The rows of tiles. Batch rows and heads go through together where the block map does not tell them apart; where it
-    does, each has rows of its own. A tile covers ``size = (Bt, Nt, block_q, block_k)``, Nt heads over Kt key heads."""
+    """The rows of tiles. Batch rows and heads go through together, or each has rows of its own: where the block map tells
+    them apart, or the backend asks for it. A tile covers ``size = (Bt, Nt, block_q, block_k)``, Nt heads over Kt key heads.
+    """
 
     g: Geometry
     block_q: int
