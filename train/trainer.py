@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from attnzoo.nn.auxiliary import collecting, objective
 from train.config import Config
@@ -52,6 +52,9 @@ def one_at_a_time(compiled: Callable[..., Any], mesh: Mesh) -> Callable[..., Any
 Arrays = dict[str, jax.Array]
 """By name: a batch, or what a step measured."""
 
+Measured = Float[Array, "metrics"]
+"""What a step measured, in the order of `Trainer.measured`: one array, since bringing one to the host costs time."""
+
 Leaves = tuple[jax.Array, ...]
 """Of a `TrainState`, in the order of its tree."""
 
@@ -65,7 +68,10 @@ class Trainer:
     """The compiled functions of one run. Building it runs nothing on a device.
 
     parameters: how many numbers the model's parameters hold.
+    measured: the names of what a step measures, known once a step was traced.
     """
+
+    measured: tuple[str, ...]
 
     def __init__(self, task: Task, config: Config, mesh: Mesh):
         self.task, self.mesh, self.exchange = task, mesh, config.mesh.exchange
@@ -79,7 +85,7 @@ class Trainer:
         self._whole = NamedSharding(mesh, PartitionSpec())  # metrics: every process has them
         self._structure = jax.tree.structure(self.abstract)
         self._compiled_step: Any = self._compile()
-        self.step_leaves: Callable[[Leaves, Arrays], tuple[Leaves, Arrays]] = one_at_a_time(self._compiled_step, mesh)
+        self.step_leaves: Callable[[Leaves, Arrays], tuple[Leaves, Measured]] = one_at_a_time(self._compiled_step, mesh)
         self._evaluate_batch = one_at_a_time(jax.jit(self._evaluate, out_shardings=self._whole), mesh)
 
     def init(self, seed: int | None = None) -> TrainState:
@@ -97,8 +103,8 @@ class Trainer:
 
     def train_step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
         """The state after one more step, and what was measured; the given state's arrays are given up."""
-        leaves, metrics = self.step_leaves(self.leaves(state), batch)
-        return self.state(leaves), metrics
+        leaves, values = self.step_leaves(self.leaves(state), batch)
+        return self.state(leaves), dict(zip(self.measured, jnp.unstack(values), strict=True))
 
     def trace(self, batch: dict[str, jax.ShapeDtypeStruct]) -> jax.stages.Traced:
         """The training step for batches of these shapes, to be lowered; its mesh may be one of devices that are not here."""
@@ -151,9 +157,10 @@ class Trainer:
         placed = tuple(jax.tree.leaves(self.shardings))
         return jax.jit(self._step_leaves, donate_argnums=0, out_shardings=(placed, self._whole))
 
-    def _step_leaves(self, leaves: Leaves, batch: Arrays) -> tuple[Leaves, Arrays]:
+    def _step_leaves(self, leaves: Leaves, batch: Arrays) -> tuple[Leaves, Measured]:
         state, metrics = self._step(self.state(leaves), batch)
-        return self.leaves(state), metrics
+        self.measured = tuple(metrics)
+        return self.leaves(state), jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])
 
     def _step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
         gradients, rest, metrics = self._gradients(state.params, state.rest, batch)

@@ -116,7 +116,7 @@ def run(seeds: Sequence[int] = (4, 5), quick: bool = False) -> ClaimResult:
     return ClaimResult(
         key="grade",
         claim="a graph of functional dependencies in the attention makes a language model learn them in fewer steps",
-        metric="dependent values named rightly (share), mean over training",
+        metric="right dependent values (share), mean over training",
         seeds=seeds,
         values=values,
         margin="GraDe more than 0.05 above plain, with every seed",
