@@ -139,11 +139,16 @@ def measured() -> str:
     ]
     for name, row in result["rows"].items():
         cells = (
-            f"{row[w]['median_ms']:.0f} | {row[w]['peak_mib']:.0f}" if w in row else "no backward | "
+            f"{row[w]['median_ms']:.0f} | {row[w]['peak_mib']:.0f}" if w in row else "forward only | "
             for w in ("forward", "forward+backward")
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"Measured by `{result['command']}`, which takes turns between the cases in one process."]
+    alone = " Products alone are the two matrix products of the tiles that a causal mask leaves, nothing between them."
+    lines += [
+        "",
+        f"Measured by `{result['command']}`, which takes turns between the cases in one process."
+        + (alone if "products alone" in result["rows"] else ""),
+    ]
     return "\n" + "\n".join(lines) + "\n\n"
 
 
