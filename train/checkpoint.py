@@ -5,8 +5,8 @@ import contextlib
 import copy
 import logging
 import shutil
-import threading
 from collections.abc import Iterator
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from train.trainer import TrainState
@@ -57,15 +58,18 @@ class Checkpoints:
             self._open.enter_context(_own_loops())  # for the threads that write
             self._discard()
         self._manager = ocp.CheckpointManager(self.folder, options=_options(keep), item_handlers=handlers)
+        self._aside = self._open.enter_context(futures.ThreadPoolExecutor(1))
+        self._begun: futures.Future[Any] | None = None
 
     def steps(self) -> list[int]:
         """The steps there are complete checkpoints of, in order; one that is being saved counts."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._settled().all_steps())
 
     def best(self) -> tuple[int, float] | None:
         """(step, quality) of the best validated checkpoint, None if there is none."""
-        step = self._manager.best_step()
-        return None if step is None else (step, _quality(self._manager.metrics(step)))
+        manager = self._settled()
+        step = manager.best_step()
+        return None if step is None else (step, _quality(manager.metrics(step)))
 
     def save(
         self, step: int, state: TrainState, data: grain.DatasetIterator, about: dict[str, Any], quality: float | None = None
@@ -75,31 +79,60 @@ class Checkpoints:
         quality: by the validation after this step, if there was one; higher is better. Raises OSError if this save, or the
         one before it, could not be written; the checkpoints before stay as they are.
         """
-        model, optimizer = _parts(state)
-        threading.Thread(target=self._discard).start()
-        with self._writing():
+        model, optimizer = (_named(part) for part in _parts(state))
+        position = copy.deepcopy(data.get_state())
+        alone = jax.process_count() == 1
+        if alone:
+            model, optimizer = _copied((model, optimizer))
+
+        def begin() -> None:
             self._manager.save(
                 step,
                 metrics=None if quality is None else {"quality": quality},
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(_named(model)),
-                    optimizer=ocp.args.StandardSave(_named(optimizer)),
-                    data=ocp.args.JsonSave(copy.deepcopy(data.get_state())),
+                    model=ocp.args.StandardSave(model),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    data=ocp.args.JsonSave(position),
                     about=ocp.args.JsonSave(about),
                 ),
                 force=True,
             )
 
+        with self._writing():
+            self._check()
+            self._aside.submit(self._discard)
+            if alone:
+                # Orbax starts a dozen threads and waits for each, a tenth of a second for small models.
+                self._begun = self._aside.submit(begin)
+            else:  # all processes have to talk to each other in the same order
+                begin()
+
     def wait(self) -> None:
         """Returns when all that was saved is on disk. Raises OSError if it could not be written."""
         with self._writing():
+            self._check()
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Ends as `wait` does, and reads and writes no more."""
         with self._open, self._writing():
-            self._manager.close()
-            self._discard()
+            try:
+                self._check()
+            finally:
+                self._manager.close()
+                self._discard()
+
+    def _settled(self) -> ocp.CheckpointManager:
+        """The manager, once it knows of every save."""
+        if self._begun is not None:
+            futures.wait([self._begun])
+        return self._manager
+
+    def _check(self) -> None:
+        """Raises what the beginning of the last save raised, once."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.result()
 
     def _discard(self) -> None:
         """Deletes what was set aside. A folder that a kill left half deleted must not look like a checkpoint, so those that
@@ -252,6 +285,13 @@ def _own_loops() -> Iterator[None]:
         yield
     finally:
         asyncio.new_event_loop = asyncio.events.new_event_loop = before
+
+
+def _copied(tree: Any) -> Any:
+    """The arrays in the memory of the host: the next step writes over those it was given."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.copy_to_host_async()
+    return jax.tree.map(np.array, tree)
 
 
 def _parts(state: TrainState) -> tuple[Any, Any]:

@@ -1,8 +1,9 @@
 """What claims share: a trainer for small models, and synthetic sequences."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ Loss = Callable[[Any, PyTree], Array]
 
 MakeBatch = Callable[[Array], PyTree]
 """Random key -> a batch, traced under jit."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def noisy_periodic(
@@ -126,6 +130,16 @@ def _training(
 def _as_argument(make_batch: MakeBatch) -> MakeBatch:
     """A function of which compiled ones take the arrays it holds, if any, as arguments."""
     return make_batch if isinstance(make_batch, jax.tree_util.Partial) else jax.tree_util.Partial(make_batch)
+
+
+def two_at_a_time(call: Callable[[_T], _R], arguments: Iterable[_T]) -> list[_R]:
+    """The result for each argument, in their order; two calls run beside each other.
+
+    For models so small that half of a step goes by while threads wait for each other: the other call uses that half. What
+    each call returns does not depend on it.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(call, arguments))
 
 
 def mean_loss(model: nnx.Module, loss: Loss, make_batch: MakeBatch, *, seed: int, batches: int = 8) -> float:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnzoo.models.tab import TABChangeConfig, TABChangeModel
 from attnzoo.zoo.control.tab import change_map, map_supervision_loss, pointing_game
 from train.claims import ClaimResult
-from train.claims.common import fit
+from train.claims.common import fit, two_at_a_time
 
 PATCHES, CODES, WIDTH, NONE = 9, 4, 8, 4
 METHODS: dict[str, tuple[dict[str, Any], float]] = {  # name -> (configuration, weight of the loss of the maps)
@@ -92,18 +92,19 @@ def run(seeds: Sequence[int] = (0, 1), quick: bool = False) -> ClaimResult:
     """quick: a few steps, to see that it runs."""
     start = time.perf_counter()
     steps = 8 if quick else 2500
-    values: dict[str, list[float]] = {name: [] for name in METHODS}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     objectives = {weight: partial(loss, maps_weight=weight) for _, weight in METHODS.values()}
-    for seed in seeds:
+
+    def trained(which: tuple[int, str]) -> dict[str, float]:
+        seed, (options, maps_weight) = which[0], METHODS[which[1]]
         codes = jax.random.normal(jax.random.key(1000 + seed), (CODES, WIDTH))
+        model = TABChangeModel(TABChangeConfig(dim=32, num_heads=4, **options), rngs=nnx.Rngs(seed))
+        fit(model, objectives[maps_weight], Partial(pairs, codes), steps=steps, seed=seed, learning_rate=3e-3, warmup=100)
         test = pairs(codes, jax.random.fold_in(jax.random.key(seed), 1), 2048)
-        for name, (options, maps_weight) in METHODS.items():
-            model = TABChangeModel(TABChangeConfig(dim=32, num_heads=4, **options), rngs=nnx.Rngs(seed))
-            fit(model, objectives[maps_weight], Partial(pairs, codes), steps=steps, seed=seed, learning_rate=3e-3, warmup=100)
-            measured = {what: round(float(value), 4) for what, value in measure(model, test).items()}
-            values[name].append(measured["accuracy"])
-            found[name].append(measured)
+        return {what: round(float(value), 4) for what, value in measure(model, test).items()}
+
+    measured = two_at_a_time(trained, [(seed, name) for seed in seeds for name in METHODS])
+    found = {name: measured[i :: len(METHODS)] for i, name in enumerate(METHODS)}
+    values = {name: [one["accuracy"] for one in found[name]] for name in METHODS}
     holds = all(
         one["accuracy"] > 0.95
         and one["passes, changed pairs"] - one["passes, unchanged pairs"] > 0.5
