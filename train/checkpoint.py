@@ -98,8 +98,8 @@ class Checkpoints:
                 force=True,
             )
 
+        self.wait()  # so that a kill costs no more than what came after the save before
         with self._writing():
-            self._check()
             self._aside.submit(self._discard)
             if alone:
                 # Orbax starts a dozen threads and waits for each, a tenth of a second for small models.

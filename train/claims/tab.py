@@ -4,7 +4,7 @@
 right image has another code than on the left. The network names the new code, or says "none". Two joint layers (D = 32,
 N = 4), then TAB, against the same layer opened (no gate, a skip connection around the attention) and TAB whose maps are not
 supervised. Cross-entropy plus, where they are, twice the loss of the maps, Adam with warm-up and a cosine from 3e-3, 2500
-steps of 64 pairs.
+steps of 32 pairs.
 Measured: accuracy on 2048 fresh pairs; how much weight passes (1 - a_00) on changed and on unchanged pairs; whether the map
 points at the change; what is said when both maps are erased.
 
@@ -46,7 +46,7 @@ class Pairs(NamedTuple):
     label: Int[Array, "B"]
 
 
-def pairs(codes: Float[Array, "codes C"], key: Array, count: int = 64) -> Pairs:
+def pairs(codes: Float[Array, "codes C"], key: Array, count: int = 32) -> Pairs:
     """Random pairs, half of them changed."""
     of_symbols, of_place, of_step, of_change, of_noise = jax.random.split(key, 5)
     before = jax.random.randint(of_symbols, (count, PATCHES), 0, CODES)
