@@ -228,7 +228,7 @@ PAPER = Paper(
         "Not a drop-in: it changes what its network may know. gbar keeps the weight a_00 (1 - a_00) on the other image's CLS, "
         "as in the code; strict=True drops it. Edits replace the gated row and are not renormalised. In the claim all three "
         "networks name every change. That the map points at it is its supervision's work: 1.00 of the pairs with TAB, 0.97 "
-        "and 0.99 with the bottleneck opened, 0.17 and 0.19 without supervision. Erasing both maps leaves TAB one answer for all "
-        "pairs, the opened network several (0.97 and 0.12 of the pairs get the same)."
+        "and 0.99 with the bottleneck opened, 0.17 and 0.19 without supervision. Erasing both maps leaves TAB one answer for "
+        "all pairs, the opened network several (0.97 and 0.12 of the pairs get the same)."
     ),
 )
