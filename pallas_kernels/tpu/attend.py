@@ -1,6 +1,7 @@
 """Flash attention with its derivative: the operation the library calls.
 
-The forward kernel is in `flash`; the backward pass has a kernel for dq and one for dk and dv.
+The forward kernel is in `flash`; the backward pass has one kernel for all of dq, dk and dv where dq finds room on the chip, and
+else one for dq and one for dk and dv.
 """
 
 from __future__ import annotations
@@ -111,9 +112,10 @@ def attend_gradients(p: Problem, arrays: Any, lse: Any, d_out: Any, delta: Any) 
     x = Inputs(q, k, v, _laid(p, score), mask, call)
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))
     d_out = d_out.astype(v.dtype)
-    dq, by_row = queries_gradient(p, lists.rows, x, d_out, norm, delta)
-    dk, dv, by_column = keys_gradient(p, lists.columns, lists.kinds_of, x, d_out, norm, delta)
-    gradients = {**by_row, **by_column}
+    dq, dk, dv, gradients = keys_gradient(p, lists.columns, lists.kinds_of, x, d_out, norm, delta)
+    if dq is None:
+        dq, by_row = queries_gradient(p, lists.rows, x, d_out, norm, delta)
+        gradients |= by_row
     d_score = tuple(
         taken_back(p, gradients[n], x, layout) if p.differentiable[n] else _no_gradient(x)
         for n, (x, layout) in enumerate(zip(score, p.score_layouts, strict=True))

@@ -13,7 +13,21 @@ BLOCKS: dict[str, tuple[int, int, int, int]] = {
     "7x": (512, 512, 512, 512),
 }
 
+#: generation -> bytes on the chip that sums of dq may take, a quarter of what it has or less.
+QUERIES_BYTES: dict[str, int] = {
+    "v4": 4 * 2**20,
+    "v5e": 32 * 2**20,
+    "v5p": 24 * 2**20,
+    "v6e": 32 * 2**20,
+    "7x": 16 * 2**20,
+}
+
 
 def blocks() -> tuple[int, int, int, int]:
     """For the generation that kernels are traced for now."""
     return BLOCKS.get(generation() or "", BLOCKS["v6e"])
+
+
+def queries_bytes() -> int:
+    """For the generation that kernels are traced for now."""
+    return QUERIES_BYTES.get(generation() or "", QUERIES_BYTES["v6e"])

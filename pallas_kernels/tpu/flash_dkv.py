@@ -1,20 +1,26 @@
-"""The gradients of flash attention in keys and values, and in operands of the score that lie along the keys.
+"""The gradients of flash attention in keys and values, in operands of the score that lie along the keys, and in the queries.
 
 Walks the tiles column by column, all query heads of a key head at each tile, with keys down and queries across: there the
-statistics of the rows are single vectors along the lanes, and no product needs a transpose.
+statistics of the rows are single vectors along the lanes, and dk and dv need no transpose.
+
+Where all dq of a key head's group fit on the chip they are summed there too, each in the order of the columns: five products
+per tile, where a kernel of its own for dq would take three more than the four that are left. Else `flash_dq` makes them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import jobs
+from pallas_kernels.tpu.choice import queries_bytes
 from pallas_kernels.tpu.flash import Inputs, cost, specs
 from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
 from pallas_kernels.tpu.launch import launch
@@ -22,10 +28,23 @@ from pallas_kernels.tpu.problem import LANES, LOG2E, Piece, Problem, dot, pieces
 from pallas_kernels.tpu.recompute import weights_again
 
 
+def makes_queries_gradient(p: Problem, x: Inputs) -> bool:
+    """Whether :func:`keys_gradient` makes dq too: it needs no other gradient of a walk by rows, and finds room."""
+    columns_only = all(layout.form == "column" or not d for layout, d in zip(p.score_layouts, p.differentiable, strict=True))
+    return columns_only and _bytes_of_queries(p, x) <= queries_bytes()
+
+
+def _bytes_of_queries(p: Problem, x: Inputs) -> int:
+    """On the chip: float32 sums, and twice the result, which is brought away while the next is made."""
+    return p.group * x.q.shape[2] * -(-x.q.shape[3] // LANES) * LANES * (4 + 2 * x.q.dtype.itemsize)
+
+
 def keys_gradient(
     p: Problem, tiles: Jobs, kinds_of: Any, x: Inputs, d_out: Any, norm: Any, delta: Any
-) -> tuple[Any, Any, dict[int, Any]]:
-    """dk, dv, and the gradients of the score's column operands ``[B, N, 1, S]``."""
+) -> tuple[Any, Any, Any, dict[int, Any]]:
+    """dq (None if not :func:`makes_queries_gradient`), dk, dv, and the gradients of the score's column operands
+    ``[B, N, 1, S]``."""
+    with_queries = makes_queries_gradient(p, x)
     per_kv = p.per_head  # lists per key head
 
     def which(b: Any, kh: Any) -> Any:
@@ -48,10 +67,15 @@ def keys_gradient(
 
     mine = [n for n, (layout, d) in enumerate(zip(p.score_layouts, p.differentiable, strict=True))
             if d and layout.form == "column"]  # fmt: skip
+
+    def group_of_rows(b: Any, kh: Any, *_: Any) -> tuple[Any, ...]:
+        return b, kh, 0, 0
+
+    whole = [pl.BlockSpec((1, p.group, *x.q.shape[2:]), group_of_rows)] if with_queries else []
     scalars = (tiles.words, tiles.count, x.call) + (() if kinds_of is None else (kinds_of,))
     outs = launch(
-        functools.partial(_dkv_kernel, p, tiles, mine, which, kinds_of is not None),
-        name="attnzoo_flash_dkv",
+        functools.partial(_dkv_kernel, p, tiles, mine, which, kinds_of is not None, with_queries),
+        name="attnzoo_flash_dqkv" if with_queries else "attnzoo_flash_dkv",
         scalars=scalars,
         grid=(p.batch, p.kv_heads, tiles.steps, p.group),
         in_specs=[
@@ -62,37 +86,52 @@ def keys_gradient(
             *operands,
         ],
         inputs=[x.q, x.k, x.v, d_out, norm, delta, *x.score, *x.mask],
-        out_specs=[main[1], main[2], *(pl.BlockSpec((1, p.group, 1, p.block_k), column) for _ in mine)],
+        out_specs=[*whole, main[1], main[2], *(pl.BlockSpec((1, p.group, 1, p.block_k), column) for _ in mine)],
         out_shape=[
+            *(jax.ShapeDtypeStruct(x.q.shape, x.q.dtype) for _ in whole),
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype),
             jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
             *(jax.ShapeDtypeStruct((p.batch, p.heads, 1, x.k.shape[2]), jnp.float32) for _ in mine),
         ],
         scratch=[
+            *(pltpu.VMEM((p.group, *x.q.shape[2:]), jnp.float32) for _ in whole),
             pltpu.VMEM((p.block_k, x.k.shape[-1]), jnp.float32),
             pltpu.VMEM((p.block_k, x.v.shape[-1]), jnp.float32),
             *(pltpu.VMEM((p.group, p.block_k, LANES), jnp.float32) for _ in mine),
         ],
         parallel=2,
-        cost=cost(p, tiles, 2 * (x.q.shape[-1] + x.v.shape[-1]), (x.k, x.k, x.v, x.v), (x.q, d_out), p.block_q),
-    )
-    return outs[0], outs[1], dict(zip(mine, outs[2:], strict=True))
+        cost=cost(
+            p, tiles, (3 if with_queries else 2) * x.q.shape[-1] + 2 * x.v.shape[-1],
+            (x.k, x.k, x.v, x.v, *(x.q for _ in whole)), (x.q, d_out), p.block_q,
+        ),
+        room=_bytes_of_queries(p, x) if with_queries else 0,
+    )  # fmt: skip
+    dq, (dk, dv, *rest) = (outs[0], outs[1:]) if with_queries else (None, outs)
+    return dq, dk, dv, dict(zip(mine, rest, strict=True))
 
 
-def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: bool, words: Any, count: Any, call: Any,
-                *refs: Any) -> None:  # fmt: skip
+def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: bool, with_queries: bool, words: Any, count: Any,
+                call: Any, *refs: Any) -> None:  # fmt: skip
     kinds_of, refs = (refs[0], refs[1:]) if by_head else (None, refs)
     q, k, v, do, norm, delta, *refs = refs  # type: ignore[assignment]
     cut, both = len(p.score_layouts), len(p.score_layouts) + len(p.mask_layouts)
     score_refs, mask_refs = refs[:cut], refs[cut:both]
-    dk, dv, *rest = refs[both:]
-    grads, (dk_acc, dv_acc, *sums) = rest[: len(mine)], rest[len(mine) :]
+    outs, scratch = refs[both : both + with_queries + 2 + len(mine)], refs[both + with_queries + 2 + len(mine) :]
+    (dq, outs), (dq_acc, scratch) = (_first(with_queries, some) for some in (outs, scratch))
+    (dk, dv, *grads), (dk_acc, dv_acc, *sums) = outs, scratch
     b, kh, step, g = (pl.program_id(n) for n in range(4))
     here = b + call[2], kh * p.group + g + call[3]
     length = count[which(b, kh)]
     at_word = which(b, kh) * tiles.capacity + jnp.minimum(step, length - 1)
     word, live = words[at_word], step < length
     kind_here = jobs.kind(word) if kinds_of is None else (kinds_of[at_word] >> (2 * g)) & 3
+
+    if with_queries:
+
+        def clear(member: Any, rows: Any) -> None:
+            dq_acc[member, rows] = jnp.zeros((p.block_q, dq_acc.shape[-1]), jnp.float32)
+
+        _by_rows(p, (step == 0) & (g == 0), clear)
 
     @pl.when(live & (jobs.first(word) == 1) & (g == 0))
     def _() -> None:
@@ -114,7 +153,10 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
             dw, weight = dw * keep, weight * keep
         dv_acc[columns] += dot(weight.astype(do.dtype), do[0, 0, rows], (1, 0))
         ds, d_parts = pull(dw, delta[0, 0, :, rows])
-        dk_acc[columns] += dot(ds.astype(q.dtype), q[0, 0, rows], (1, 0))
+        ds_here = ds.astype(q.dtype)
+        dk_acc[columns] += dot(ds_here, q[0, 0, rows], (1, 0))
+        if with_queries:
+            dq_acc[g, pl.ds(pl.multiple_of(at.t0, at.rows), at.rows)] += dot(ds_here, k[0, 0, columns], (0, 0))
         given = dict(zip([n for n, d in enumerate(p.differentiable) if d], d_parts, strict=True)) if d_parts else {}
         for n, ref in zip(mine, sums, strict=True):
             ref[g, columns] += given[n]
@@ -133,3 +175,29 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
         for ref, total in zip(grads, sums, strict=True):
             for member in range(p.group):
                 ref[0, member] = total[member].T[:1]
+
+    if with_queries:
+        at_end = (step == pl.num_programs(2) - 1) & (g == p.group - 1)
+
+        def bring(member: Any, rows: Any) -> None:
+            total = dq_acc[member, rows]
+            dq[0, member, rows] = (total / LOG2E if p.base2 else total).astype(dq.dtype)
+
+        _by_rows(p, at_end, bring)
+
+
+def _first(there: bool, refs: Any) -> tuple[Any, Any]:
+    return (refs[0], refs[1:]) if there else (None, refs)
+
+
+def _by_rows(p: Problem, where: Any, do: Callable[[Any, Any], None]) -> None:
+    """``do(member, rows)`` for every query head of a group and every block of rows, one after another."""
+    blocks = p.padded[0] // p.block_q
+
+    @pl.when(where)
+    def _() -> None:
+        def one(n: Any, _: None) -> None:
+            i = lax.rem(n, jnp.int32(blocks))
+            do(lax.div(n, jnp.int32(blocks)), pl.ds(pl.multiple_of(i * p.block_q, p.block_q), p.block_q))
+
+        lax.fori_loop(0, p.group * blocks, one, None)

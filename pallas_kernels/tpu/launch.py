@@ -14,6 +14,9 @@ from pallas_kernels.target import Target
 
 _TARGET = Target("tpu")
 
+#: Bytes on the chip that a kernel gets from the compiler, at least, if it does not ask.
+_USUAL_ROOM = 16 * 2**20
+
 
 def simulation() -> contextlib.AbstractContextManager[None]:
     """Run kernels by JAX's TPU simulator on this machine: slow, and strict.
@@ -60,10 +63,11 @@ def launch(
     parallel: int,
     cost: pl.CostEstimate | None = None,
     checked: bool = True,
+    room: int = 0,
 ) -> Any:
     """One kernel call; ``scalars`` are in scalar memory before the first step, and the first ``parallel`` axes of the grid
     may be divided among cores. cost: what the compiler is told of the whole call, which it cannot look into. checked: whether
-    the device checks the bounds of each copy too, not only the simulator."""
+    the device checks the bounds of each copy too, not only the simulator. room: bytes on the chip beyond what kernels get."""
     interpret: Any = False
     semantics: Any = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
     if simulated():
@@ -79,7 +83,11 @@ def launch(
             scratch_shapes=list(scratch),
         ),
         out_shape=list(out_shape),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, disable_bounds_checks=not checked),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics,
+            disable_bounds_checks=not checked,
+            vmem_limit_bytes=_USUAL_ROOM + room if room else None,
+        ),
         interpret=interpret,
         cost_estimate=cost,
         name=name,
