@@ -13,6 +13,9 @@ BLOCKS: dict[str, tuple[int, int, int, int]] = {
     "7x": (512, 512, 512, 512),
 }
 
+#: Queries of a piece where one kernel makes dq, dk and dv: of 128, 256 and 512 the best or near it on every generation.
+ROWS_WITH_QUERIES = 256
+
 #: generation -> bytes on the chip that sums of dq may take, a quarter of what it has or less.
 QUERIES_BYTES: dict[str, int] = {
     "v4": 4 * 2**20,

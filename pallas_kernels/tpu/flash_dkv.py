@@ -9,6 +9,7 @@ per tile, where a kernel of its own for dq would take three more than the four t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import jobs
-from pallas_kernels.tpu.choice import queries_bytes
+from pallas_kernels.tpu.choice import ROWS_WITH_QUERIES, queries_bytes
 from pallas_kernels.tpu.flash import Inputs, cost, specs
 from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
 from pallas_kernels.tpu.launch import launch
@@ -45,6 +46,8 @@ def keys_gradient(
     """dq (None if not :func:`makes_queries_gradient`), dk, dv, and the gradients of the score's column operands
     ``[B, N, 1, S]``."""
     with_queries = makes_queries_gradient(p, x)
+    if with_queries and p.block_q % ROWS_WITH_QUERIES == 0:
+        p = dataclasses.replace(p, rows=ROWS_WITH_QUERIES)
     per_kv = p.per_head  # lists per key head
 
     def which(b: Any, kh: Any) -> Any:
@@ -75,7 +78,7 @@ def keys_gradient(
     scalars = (tiles.words, tiles.count, x.call) + (() if kinds_of is None else (kinds_of,))
     outs = launch(
         functools.partial(_dkv_kernel, p, tiles, mine, which, kinds_of is not None, with_queries),
-        name="attnzoo_flash_dqkv" if with_queries else "attnzoo_flash_dkv",
+        name="attnzoo_flash_backward" if with_queries else "attnzoo_flash_dkv",
         scalars=scalars,
         grid=(p.batch, p.kv_heads, tiles.steps, p.group),
         in_specs=[

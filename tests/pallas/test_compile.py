@@ -73,7 +73,8 @@ generation, *names = sys.argv[1:]
 for name in names or CASES:
     f, arguments = CASES[name]
     text = schedule.compiled(generation, f, arguments).as_text()
-    print(json.dumps([name, [kernel for kernel in ("forward", "dq", "dkv") if f"attnzoo_flash_{kernel}" in text]]), flush=True)
+    found = [kernel for kernel in ("forward", "backward", "dq", "dkv") if f"attnzoo_flash_{kernel}" in text]
+    print(json.dumps([name, found]), flush=True)
 """
 
 
@@ -94,8 +95,9 @@ def run(program: str, *arguments: str) -> list:
 def test_every_feature_compiles(generation):
     lines = run(PROGRAM, generation)
     assert len(lines) >= 14
+    apart = {"128k tokens", "score by distance, query and key"}  # no room for dq on the chip; gradients of a walk by rows
     for name, kernels in lines:
-        assert kernels == ["forward", "dq", "dkv"], name
+        assert kernels == (["forward", "dq", "dkv"] if name in apart else ["forward", "backward"]), name
 
 
 @pytest.mark.parametrize("generation", ["v4", "v5p", "7x"])
@@ -254,7 +256,7 @@ for name, (axes, arguments, heads, kv_heads) in CASES.items():
     with jax.set_mesh(mesh), attention_axes(context="context", **axes), compiling_for("v5e"):
         traced = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=(where,) * 3).trace(*shapes)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    kernels = [kernel for kernel in ("forward", "dq", "dkv") if f"attnzoo_flash_{kernel}" in text]
+    kernels = [kernel for kernel in ("forward", "backward", "dq", "dkv") if f"attnzoo_flash_{kernel}" in text]
     moves = [kind for kind in ("collective-permute", "all-gather", "all-to-all") if re.search(rf" {kind}(-start)?\\(", text)]
     print(json.dumps([name, kernels, moves]), flush=True)
 """
@@ -265,7 +267,7 @@ def test_tokens_divided_over_a_mesh():
     lines = run(RING)
     assert [name for name, *_ in lines] == ["ring", "window, score, dropout", "all_to_all"]
     for name, kernels, moves in lines:
-        assert kernels == ["forward", "dq", "dkv"], name
+        assert kernels == ["forward", "backward"], name
         assert moves == (["all-to-all"] if name == "all_to_all" else ["collective-permute"]), name
 
 

@@ -22,6 +22,7 @@ from attnzoo.core.entmax import Entmax
 from attnzoo.core.neighborhood import neighborhood_attention
 from attnzoo.core.request import make_request
 from attnzoo.core.sharding import attention_axes
+from pallas_kernels.tpu import choice
 from pallas_kernels.tpu.launch import compiling_for, simulation
 from tests.core.oracle import oracle
 
@@ -189,6 +190,25 @@ def test_gradients_match_the_dense_backend(name):
     with simulation():
         got = gradients("pallas", CASES[key], what)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients("dense", CASES[key], what)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["causal, grouped", "blocks by head"])
+def test_queries_without_room_on_the_chip_have_a_kernel_of_their_own(name, monkeypatch):
+    """The same gradients from two kernels, also where rows of tiles are empty; one kernel where there is room."""
+    key, _ = GRADIENTS[name]
+
+    def kernels():
+        text = str(jax.make_jaxpr(lambda: gradients("pallas", CASES[key], {}))())
+        return [kernel for kernel in ("backward", "dq", "dkv") if f"attnzoo_flash_{kernel}" in text]
+
+    with simulation():
+        assert kernels() == ["backward"]
+        together = gradients("pallas", CASES[key], {})
+        monkeypatch.setattr(choice, "QUERIES_BYTES", dict.fromkeys(choice.QUERIES_BYTES, 0))
+        assert kernels() == ["dq", "dkv"]
+        apart = gradients("pallas", CASES[key], {})
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
 
 
