@@ -31,8 +31,8 @@ from pallas_kernels.tpu.recompute import weights_again
 
 def makes_queries_gradient(p: Problem, x: Inputs) -> bool:
     """Whether :func:`keys_gradient` makes dq too: it needs no other gradient of a walk by rows, and finds room."""
-    columns_only = all(layout.form == "column" or not d for layout, d in zip(p.score_layouts, p.differentiable, strict=True))
-    return columns_only and _bytes_of_queries(p, x) <= queries_bytes()
+    forms = {layout.form for layout, d in zip(p.score_layouts, p.differentiable, strict=True) if d}
+    return forms <= {"column", "one"} and _bytes_of_queries(p, x) <= queries_bytes()
 
 
 def _bytes_of_queries(p: Problem, x: Inputs) -> int:
@@ -43,8 +43,8 @@ def _bytes_of_queries(p: Problem, x: Inputs) -> int:
 def keys_gradient(
     p: Problem, tiles: Jobs, kinds_of: Any, x: Inputs, d_out: Any, norm: Any, delta: Any
 ) -> tuple[Any, Any, Any, dict[int, Any]]:
-    """dq (None if not :func:`makes_queries_gradient`), dk, dv, and the gradients of the score's column operands
-    ``[B, N, 1, S]``."""
+    """dq, dk, dv, and the gradients of the score's column operands ``[B, N, 1, S]`` and numbers ``[B, N, 1, 1]``; without dq
+    (None) and numbers if not :func:`makes_queries_gradient`."""
     with_queries = makes_queries_gradient(p, x)
     if with_queries and p.block_q % ROWS_WITH_QUERIES == 0:
         p = dataclasses.replace(p, rows=ROWS_WITH_QUERIES)
@@ -68,11 +68,13 @@ def keys_gradient(
     def column(b: Any, kh: Any, step: Any, g: Any, words: Any, count: Any, *_: Any) -> tuple[Any, ...]:
         return b, kh, 0, jobs.major(word_of(b, kh, step, words, count))
 
-    mine = [n for n, (layout, d) in enumerate(zip(p.score_layouts, p.differentiable, strict=True))
-            if d and layout.form == "column"]  # fmt: skip
-
     def group_of_rows(b: Any, kh: Any, *_: Any) -> tuple[Any, ...]:
         return b, kh, 0, 0
+
+    mine = [n for n, (layout, d) in enumerate(zip(p.score_layouts, p.differentiable, strict=True))
+            if d and (with_queries or layout.form == "column")]  # fmt: skip
+    forms = [p.score_layouts[n].form for n in mine]
+    sizes = [(p.block_k, column, x.k.shape[2]) if form == "column" else (1, group_of_rows, 1) for form in forms]
 
     whole = [pl.BlockSpec((1, p.group, *x.q.shape[2:]), group_of_rows)] if with_queries else []
     scalars = (tiles.words, tiles.count, x.call) + (() if kinds_of is None else (kinds_of,))
@@ -89,18 +91,18 @@ def keys_gradient(
             *operands,
         ],
         inputs=[x.q, x.k, x.v, d_out, norm, delta, *x.score, *x.mask],
-        out_specs=[*whole, main[1], main[2], *(pl.BlockSpec((1, p.group, 1, p.block_k), column) for _ in mine)],
+        out_specs=[*whole, main[1], main[2], *(pl.BlockSpec((1, p.group, 1, block), at) for block, at, _ in sizes)],
         out_shape=[
             *(jax.ShapeDtypeStruct(x.q.shape, x.q.dtype) for _ in whole),
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype),
             jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
-            *(jax.ShapeDtypeStruct((p.batch, p.heads, 1, x.k.shape[2]), jnp.float32) for _ in mine),
+            *(jax.ShapeDtypeStruct((p.batch, p.heads, 1, size), jnp.float32) for *_, size in sizes),
         ],
         scratch=[
             *(pltpu.VMEM((p.group, *x.q.shape[2:]), jnp.float32) for _ in whole),
             pltpu.VMEM((p.block_k, x.k.shape[-1]), jnp.float32),
             pltpu.VMEM((p.block_k, x.v.shape[-1]), jnp.float32),
-            *(pltpu.VMEM((p.group, p.block_k, LANES), jnp.float32) for _ in mine),
+            *(pltpu.VMEM((p.group, p.block_k, LANES), jnp.float32) for form in forms if form == "column"),
         ],
         parallel=2,
         cost=cost(
@@ -122,6 +124,8 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
     outs, scratch = refs[both : both + with_queries + 2 + len(mine)], refs[both + with_queries + 2 + len(mine) :]
     (dq, outs), (dq_acc, scratch) = (_first(with_queries, some) for some in (outs, scratch))
     (dk, dv, *grads), (dk_acc, dv_acc, *sums) = outs, scratch
+    numbers = [(n, ref) for n, ref in zip(mine, grads, strict=True) if p.score_layouts[n].form == "one"]
+    columns_of = [(n, ref) for n, ref in zip(mine, grads, strict=True) if p.score_layouts[n].form == "column"]
     b, kh, step, g = (pl.program_id(n) for n in range(4))
     here = b + call[2], kh * p.group + g + call[3]
     length = count[which(b, kh)]
@@ -133,6 +137,11 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
 
         def clear(member: Any, rows: Any) -> None:
             dq_acc[member, rows] = jnp.zeros((p.block_q, dq_acc.shape[-1]), jnp.float32)
+
+        @pl.when((step == 0) & (g == 0))
+        def _() -> None:
+            for _, ref in numbers:
+                ref[...] = jnp.zeros_like(ref)
 
         _by_rows(p, (step == 0) & (g == 0), clear)
 
@@ -161,8 +170,10 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
         if with_queries:
             dq_acc[g, pl.ds(pl.multiple_of(at.t0, at.rows), at.rows)] += dot(ds_here, k[0, 0, columns], (0, 0))
         given = dict(zip([n for n, d in enumerate(p.differentiable) if d], d_parts, strict=True)) if d_parts else {}
-        for n, ref in zip(mine, sums, strict=True):
+        for (n, _), ref in zip(columns_of, sums, strict=True):
             ref[g, columns] += given[n]
+        for n, ref in numbers:
+            ref[0, g] += given[n]
 
     def tile(masked: bool) -> None:
         work = pieces(p, jobs.minor(word), jobs.major(word), call, sideways=True)
@@ -175,7 +186,7 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
     def _() -> None:
         dk[0, 0] = (dk_acc[...] / LOG2E if p.base2 else dk_acc[...]).astype(dk.dtype)
         dv[0, 0] = dv_acc[...].astype(dv.dtype)
-        for ref, total in zip(grads, sums, strict=True):
+        for (_, ref), total in zip(columns_of, sums, strict=True):
             for member in range(p.group):
                 ref[0, member] = total[member].T[:1]
 

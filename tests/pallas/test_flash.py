@@ -193,7 +193,7 @@ def test_gradients_match_the_dense_backend(name):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["causal, grouped", "blocks by head"])
+@pytest.mark.parametrize("name", ["causal, grouped", "blocks by head", "sigmoid"])
 def test_queries_without_room_on_the_chip_have_a_kernel_of_their_own(name, monkeypatch):
     """The same gradients from two kernels, also where rows of tiles are empty; one kernel where there is room."""
     key, _ = GRADIENTS[name]
