@@ -211,7 +211,7 @@ def loss(q, k, v):
 
 with jax.set_mesh(mesh), attention_axes(batch="data", heads="tensor"), compiling_for(generation):
     text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("tpu",)).compile().as_text()
-found = ["attnzoo_flash_dkv" in text, "all-gather" in text, "all-to-all" in text]
+found = ["attnzoo_flash_backward" in text, "all-gather" in text, "all-to-all" in text]
 print(json.dumps([topology, found]), flush=True)
 """
 
