@@ -6,7 +6,7 @@ from pallas_kernels.tpu.launch import generation
 
 #: generation -> queries and keys of a tile, and of the pieces it is worked through in.
 BLOCKS: dict[str, tuple[int, int, int, int]] = {
-    "v4": (512, 512, 128, 512),
+    "v4": (512, 512, 512, 512),
     "v5e": (512, 512, 128, 512),
     "v5p": (512, 512, 128, 512),
     "v6e": (512, 512, 512, 512),
