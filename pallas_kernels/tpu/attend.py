@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.tpu import jobs
+from pallas_kernels.tpu.choice import stairs
 from pallas_kernels.tpu.flash import Inputs, forward
 from pallas_kernels.tpu.flash_dkv import keys_gradient
 from pallas_kernels.tpu.flash_dq import queries_gradient
-from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
+from pallas_kernels.tpu.jobs import PARTIAL, Jobs
 from pallas_kernels.tpu.problem import (
     LOG2E,
     Problem,
@@ -41,13 +42,13 @@ def column_lists(p: Problem, state: Any) -> tuple[Jobs, Any]:
     state = xp.swapaxes(state, 2, 3)
     batch, heads, major, minor = state.shape
     if heads == 1 or p.group == 1:
-        return jobs.make_jobs(state.reshape(batch * heads, major, minor)), None
+        return jobs.make_jobs(state.reshape(batch * heads, major, minor), p.kinds), None
     members = state.reshape(batch * p.kv_heads, p.group, major, minor).astype(np.int32)
     made = jobs.make_jobs(xp.where((members > 0).any(1), PARTIAL, 0))
     packed = (members << (2 * np.arange(p.group)[:, None, None])).sum(1).reshape(batch * p.kv_heads, -1)
     words = made.words.reshape(batch * p.kv_heads, -1)
     at = jobs.major(words) * minor + jobs.minor(words)
-    kinds = frozenset((PARTIAL, FULL)) if xp is jnp else frozenset(int(k) for k in np.unique(members))
+    kinds = p.kinds if xp is jnp else frozenset(int(k) for k in np.unique(members))
     kinds_of = xp.take_along_axis(packed, at, axis=1).astype(np.int32).ravel()
     return Jobs(made.words, made.count, made.steps, made.capacity, kinds), kinds_of
 
@@ -108,6 +109,8 @@ def attend_gradients(p: Problem, arrays: Any, lse: Any, d_out: Any, delta: Any) 
     """Of the arguments ``(q, k, v, score, rest)`` of :func:`attend`, from the log-sum-exp of all keys of its queries, which may
     be more than these, and ``delta = Σ d_out·out - d_lse``."""
     q, k, v, score, rest = arrays
+    if p.stair is not None:
+        p = dataclasses.replace(p, stair=stairs()[1])
     lists, mask, call, _ = rest
     x = Inputs(q, k, v, _laid(p, score), mask, call)
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))

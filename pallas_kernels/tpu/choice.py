@@ -13,6 +13,15 @@ BLOCKS: dict[str, tuple[int, int, int, int]] = {
     "7x": (512, 512, 512, 512),
 }
 
+#: generation -> queries of a piece of a tile that the mask cuts along its diagonal, forward and backward.
+STAIRS: dict[str, tuple[int, int]] = {
+    "v4": (128, 128),
+    "v5e": (256, 128),
+    "v5p": (256, 128),
+    "v6e": (256, 256),
+    "7x": (256, 128),
+}
+
 #: Queries of a piece where one kernel makes dq, dk and dv: of 128, 256 and 512 the best or near it on every generation.
 ROWS_WITH_QUERIES = 256
 
@@ -29,6 +38,11 @@ QUERIES_BYTES: dict[str, int] = {
 def blocks() -> tuple[int, int, int, int]:
     """For the generation that kernels are traced for now."""
     return BLOCKS.get(generation() or "", BLOCKS["v6e"])
+
+
+def stairs() -> tuple[int, int]:
+    """For the generation that kernels are traced for now."""
+    return STAIRS.get(generation() or "", STAIRS["v6e"])
 
 
 def queries_bytes() -> int:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import jobs
 from pallas_kernels.tpu.flash import Inputs, cost, current, row_place, specs
-from pallas_kernels.tpu.jobs import FULL, PARTIAL, Jobs
+from pallas_kernels.tpu.jobs import FULL, SKIP, STAIRS, Jobs
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.problem import (
     LANES,
@@ -159,12 +159,12 @@ def _dq_kernel(
             else:
                 add_band(p, ref, at, given[n])
 
-    def tile(masked: bool) -> None:
-        work = pieces(p, jobs.major(word), jobs.minor(word), call, sideways=False)
-        work_through(work, product, functools.partial(absorb, masked))
+    def tile(kind: int) -> None:
+        work = pieces(p, jobs.major(word), jobs.minor(word), call, sideways=False, stairs=kind == STAIRS)
+        work_through(work, product, functools.partial(absorb, kind != FULL))
 
-    for kind in tiles.kinds & {PARTIAL, FULL}:
-        pl.when(live & (jobs.kind(word) == kind))(functools.partial(tile, kind == PARTIAL))
+    for kind in tiles.kinds - {SKIP}:
+        pl.when(live & (jobs.kind(word) == kind))(functools.partial(tile, kind))
 
     @pl.when(live & (jobs.last(word) == 1))
     def _() -> None:

@@ -1,8 +1,9 @@
 """Which tiles a kernel visits, as lists of packed words in scalar memory.
 
-A word is one tile: what kind it is, whether it is the first or last of its row of tiles, and where it lies. Rows without
-tiles get one word of kind SKIP, so that every row of the result is written. The same code makes the lists before the
-program is traced (numpy states) or while it runs (JAX states).
+A word is one tile: what kind it is, whether it is the first or last of its row of tiles, and where it lies. Kinds are FULL,
+PARTIAL, and STAIRS for a partial one in which nothing above its own diagonal is visible. Rows without tiles get one word of
+kind SKIP, so that every row of the result is written. The same code makes the lists before the program is traced (numpy
+states) or while it runs (JAX states).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SKIP, PARTIAL, FULL = 0, 1, 2
+SKIP, PARTIAL, FULL, STAIRS = 0, 1, 2, 3
 _FIRST, _LAST, _MINOR, _MAJOR = 2, 3, 4, 17
 #: Blocks per axis that a word can count.
 MOST_BLOCKS = 2 ** (_MAJOR - _MINOR)
@@ -40,8 +41,8 @@ class Jobs:
     kinds: frozenset[int]
 
 
-def make_jobs(state: Any) -> Jobs:
-    """The tiles of ``state [lists, major, minor]`` (0 empty, 1 partial, 2 full), row by row."""
+def make_jobs(state: Any, kinds: frozenset[int] = frozenset((SKIP, PARTIAL, FULL))) -> Jobs:
+    """The tiles of ``state [lists, major, minor]`` (kinds), row by row. kinds: that may occur, if states are not known."""
     xp = np if isinstance(state, np.ndarray) else jnp
     lists, major, minor = state.shape
     state = state.astype(np.int32)
@@ -65,7 +66,16 @@ def make_jobs(state: Any) -> Jobs:
         steps = int(count.max())
         kinds = frozenset(int(k) for k in np.unique(state))
         return Jobs(word[:, :steps].ravel(), count, steps, steps, kinds)
-    return Jobs(word.ravel(), count, count.max(), major * minor, frozenset((SKIP, PARTIAL, FULL)))
+    return Jobs(word.ravel(), count, count.max(), major * minor, kinds)
+
+
+def with_stairs(state: Any, blocks_ahead: int) -> Any:
+    """States of square tiles ``[..., rows, columns]`` in which the partial ones on the diagonal ``column = row + blocks_ahead``
+    are stairs."""
+    xp = np if isinstance(state, np.ndarray) else jnp
+    rows, columns = state.shape[-2:]
+    on = np.arange(columns) == np.arange(rows)[:, None] + blocks_ahead
+    return xp.where(on & (state == PARTIAL), np.asarray(STAIRS, state.dtype), state)
 
 
 def kind(word: Any) -> Any:

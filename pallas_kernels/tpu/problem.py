@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu.jobs import FULL, PARTIAL, SKIP, STAIRS
+
 LANES = 128
 #: Stands for a hidden logit: finite, so that differences of two stay numbers.
 HIDDEN = -0.7 * 3.4028235e38
@@ -41,6 +43,7 @@ class Problem:
     for softmax; keep: ``(seed0, seed1, b, h, t, s) -> factor``, dropout. All are elementwise on what broadcasts to a tile.
     rows, columns: a tile is worked through in pieces of this size.
     per_batch, per_head: whether the lists of tiles differ by batch row and head.
+    stair: queries of a piece of a tile that the mask cuts along its diagonal, where there are such tiles.
     page_blocks: 0, or k and v come as pools of pages, of so many blocks each, that batch rows name in order (TPU).
     keys_by_head: whether k and v come as ``[B, K, S, ·]``, the order of caches, and not as ``[B, S, K, ·]`` (GPU).
     keys_are_values: whether k is v too, as latents are, and is read once (TPU, forward).
@@ -63,6 +66,7 @@ class Problem:
     keep: Callable[..., Any] | None
     per_batch: bool
     per_head: bool
+    stair: int | None = None
     page_blocks: int = 0
     keys_by_head: bool = False
     keys_are_values: bool = False
@@ -70,6 +74,11 @@ class Problem:
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def kinds(self) -> frozenset[int]:
+        """Of tiles, that may occur."""
+        return frozenset((SKIP, PARTIAL, FULL)) | (frozenset() if self.stair is None else {STAIRS})
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -219,13 +228,18 @@ class Piece(NamedTuple):
         return t, s
 
 
-def pieces(p: Problem, i: Any, j: Any, call: Any, sideways: bool) -> list[Piece]:
-    """A tile's pieces, keys outermost: neighbours are of different rows, so that one's products overlap another's softmax."""
-    return [
-        Piece(r, c, p.rows, p.columns, i * p.block_q + r, j * p.block_k + c, sideways, (call[4], call[5]))
-        for c in range(0, p.block_k, p.columns)
-        for r in range(0, p.block_q, p.rows)
-    ]
+def pieces(p: Problem, i: Any, j: Any, call: Any, sideways: bool, stairs: bool = False) -> list[Piece]:
+    """A tile's pieces, keys outermost: neighbours are of different rows, so that one's products overlap another's softmax.
+
+    stairs: those of a tile in which nothing above its own diagonal is visible: each row of pieces ends there.
+    """
+    if stairs:
+        assert p.stair is not None
+        cut = [(r, 0, p.stair, r + p.stair) for r in range(0, p.block_q, p.stair)]
+    else:
+        cut = [(r, c, p.rows, p.columns) for c in range(0, p.block_k, p.columns) for r in range(0, p.block_q, p.rows)]
+    origin = call[4], call[5]
+    return [Piece(r, c, rows, columns, i * p.block_q + r, j * p.block_k + c, sideways, origin) for r, c, rows, columns in cut]
 
 
 def work_through(work: list[Any], product: Callable[[Any], Any], absorb: Callable[[Any, Any], None]) -> None:

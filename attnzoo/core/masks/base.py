@@ -130,7 +130,9 @@ class And(Mask):
         return self.a.instead or self.b.instead
 
     def bind(self, g: Geometry) -> Bound:
-        return _both(self.a.bind(g), self.b.bind(g), lambda x, y: x & y)
+        a, b = self.a.bind(g), self.b.bind(g)
+        known = [x.ahead for x in (a, b) if x.ahead is not None]
+        return _both(a, b, lambda x, y: x & y, min(known, default=None))
 
     def intervals(self, g: Geometry) -> Intervals | None:
         a, b = self.a.intervals(g), self.b.intervals(g)
@@ -163,7 +165,9 @@ class Or(Mask):
         return self.a.instead or self.b.instead
 
     def bind(self, g: Geometry) -> Bound:
-        return _both(self.a.bind(g), self.b.bind(g), lambda x, y: x | y)
+        a, b = self.a.bind(g), self.b.bind(g)
+        ahead = None if a.ahead is None or b.ahead is None else max(a.ahead, b.ahead)
+        return _both(a, b, lambda x, y: x | y, ahead)
 
     def intervals(self, g: Geometry) -> Intervals | None:
         a, b = self.a.intervals(g), self.b.intervals(g)
@@ -235,9 +239,9 @@ class Instead(Mask):
         return f"Instead({self.a})"
 
 
-def _both(a: Bound, b: Bound, join: Callable[[Any, Any], Any]) -> Bound:
+def _both(a: Bound, b: Bound, join: Callable[[Any, Any], Any], ahead: int | None) -> Bound:
     cut = len(a.operands)
-    return Bound((*a.operands, *b.operands), lambda c, *p: join(a.apply(c, *p[:cut]), b.apply(c, *p[cut:])))
+    return Bound((*a.operands, *b.operands), lambda c, *p: join(a.apply(c, *p[:cut]), b.apply(c, *p[cut:])), ahead)
 
 
 def _numpy(*xs: Any) -> bool:

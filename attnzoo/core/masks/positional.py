@@ -49,7 +49,8 @@ class Causal(Mask):
 
     def bind(self, g: Geometry) -> Bound:
         ops, fixed = _leaf_operand(self.offset)
-        return Bound(ops, lambda c, *o: c.k <= c.q + (o[0] if o else fixed))
+        by_row = g.q_positions is None and g.kv_positions is None
+        return Bound(ops, lambda c, *o: c.k <= c.q + (o[0] if o else fixed), fixed if by_row else None)
 
     def intervals(self, g: Geometry) -> Intervals:
         return span(-_FAR, row_positions(g) + as_known(self.offset) + 1)

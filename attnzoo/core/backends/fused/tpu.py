@@ -98,15 +98,19 @@ def gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
 def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]:
     """The kernels' problem, and ``(q, k, v, score operands, the rest)`` as they take them."""
     from pallas_kernels.tpu.attend import Lists, column_lists
-    from pallas_kernels.tpu.choice import blocks
-    from pallas_kernels.tpu.jobs import make_jobs
+    from pallas_kernels.tpu.choice import blocks, stairs
+    from pallas_kernels.tpu.jobs import make_jobs, with_stairs
 
     bm = part.block_map
     rows, columns = blocks()[2:]
     problem, state = problem_of(part, packed, _divisor(bm.block_q, rows), _divisor(bm.block_k, columns))
     problem = dataclasses.replace(problem, keys_are_values=part.v is part.k)
+    ahead = None if part.mask is None else part.mask.ahead
+    if ahead is not None and _cut_along_diagonals(ahead, problem, stairs()):
+        problem = dataclasses.replace(problem, stair=stairs()[0])
+        state = with_stairs(state, ahead // bm.block_q)
     by_column, kinds_of = column_lists(problem, state)
-    lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:])), by_column, kinds_of)
+    lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:]), problem.kinds), by_column, kinds_of)
     padded = problem.padded
     keys = padded[1] if part.pages is None else part.k.shape[1]
     q, k = _by_heads(part.q, padded[0]), _by_heads(part.k, keys)
@@ -116,6 +120,14 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
         value_scale = jnp.pad(jnp.moveaxis(part.value_scale, 1, 2), ((0, 0), (0, 0), (0, keys - part.k.shape[1])))[:, :, None]
     rest = (lists, mask_operands(part, problem), call_of(part), value_scale)
     return problem, (q, k, v, tuple(op.x for op in operands(part.score)), rest)
+
+
+def _cut_along_diagonals(ahead: int, p: Any, stairs: tuple[int, int]) -> bool:
+    """Whether a mask of which row t sees nothing beyond column t + ahead cuts tiles along their diagonals into pieces that pay,
+    and cells above are not asked for: the gradient of a score's operand by cell is written by whole tiles."""
+    if p.block_q != p.block_k or ahead % p.block_q or p.block_q % max(stairs) or p.block_q == min(stairs):
+        return False
+    return not any(d and layout.form == "cell" for layout, d in zip(p.score_layouts, p.differentiable, strict=True))
 
 
 def _divisor(block: int, piece: int) -> int:

@@ -1,0 +1,110 @@
+"""Tiles that a mask cuts along their diagonal: what lies above is not computed, and the results are the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnzoo.core import masks
+from attnzoo.core.attention import attention
+from attnzoo.core.cells import Geometry
+from pallas_kernels.tpu import choice, jobs, problem
+from pallas_kernels.tpu.launch import simulation
+
+T = 600
+RNG = np.random.default_rng(2)
+SEGMENTS = jnp.asarray(np.sort(RNG.integers(0, 3, (2, T))))
+CHOSEN = jnp.asarray(RNG.random((1, 4, 3, 3)) > 0.3)
+BY_KEY, BY_QUERY, BY_CELL = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((T,), (T,), (T, T)))
+
+# name -> (arguments made of one array, that array, whether tiles are cut into stairs)
+CASES = {
+    "causal": (lambda x: {"mask": masks.Causal()}, None, True),
+    "a block ahead, segments": (lambda x: {"mask": masks.Causal(256) & masks.Segments(x, x)}, SEGMENTS, True),
+    "a block behind, or a window of that": (
+        lambda x: {"mask": masks.Causal(-256) & masks.SlidingWindow(300) | masks.Causal(-512)},
+        None,
+        True,
+    ),
+    "blocks by head, chosen while running": (
+        lambda x: {"mask": masks.Blocks(x, 256, 256) & masks.Causal()},
+        CHOSEN,
+        True,
+    ),
+    "a number by key": (lambda x: {"mask": masks.Causal(), "score": lambda s, b, h, q, k: s + x[k]}, BY_KEY, True),
+    "a number by query": (lambda x: {"mask": masks.Causal(), "score": lambda s, b, h, q, k: s * x[q]}, BY_QUERY, True),
+    "a number by cell": (lambda x: {"mask": masks.Causal(), "bias": x}, BY_CELL, False),
+    "three ahead": (lambda x: {"mask": masks.Causal(3)}, None, False),
+    "positions": (lambda x: {"mask": masks.Causal(), "q_positions": x, "kv_positions": x}, jnp.arange(T) * 2, False),
+}
+
+
+def both_passes(backend, arguments, x):
+    q, k, v = (jnp.asarray(np.random.default_rng(3).normal(size=(2, T, n, 16)), jnp.float32) for n in (4, 2, 2))
+    moving = x is not None and jnp.issubdtype(x.dtype, jnp.floating)
+
+    def loss(q, k, v, x):
+        sizes = {"block_sizes": (256, 256)} if backend == "pallas" else {}
+        out = attention(q, k, v, backend=backend, **arguments(x), **sizes)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3) if moving else (0, 1, 2), has_aux=True))(q, k, v, x)
+    return [out, *gradients]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_with_stairs(name, monkeypatch):
+    arguments, x, cut = CASES[name]
+    monkeypatch.setattr(choice, "STAIRS", dict.fromkeys(choice.STAIRS, (128, 128)))
+    asked = []
+
+    def pieces(*args, stairs=False, **options):
+        asked.append(stairs)
+        return problem.pieces(*args, stairs=stairs, **options)
+
+    for module in ("flash", "flash_dq", "flash_dkv"):
+        monkeypatch.setattr(f"pallas_kernels.tpu.{module}.pieces", pieces)
+    with simulation():
+        got = both_passes("pallas", arguments, x)
+    assert any(asked) == cut
+    for a, b in zip(got, both_passes("dense", arguments, x), strict=True):
+        np.testing.assert_allclose(a, b, atol=4e-5, rtol=2e-5)
+
+
+def test_a_causal_mask_has_no_other_partial_tiles():
+    state = masks.Causal().block_map(4096).state
+    made = jobs.make_jobs(jobs.with_stairs(state, 0)[0])
+    assert made.kinds == {jobs.SKIP, jobs.STAIRS, jobs.FULL}
+    assert (jobs.kind(made.words.reshape(made.count.size, -1)[0, : made.count[0]]) == jobs.STAIRS).sum() == 8
+
+
+@pytest.mark.parametrize("stair", [128, 256])
+def test_stairs_hold_every_cell_on_and_below_the_diagonal(stair):
+    p = problem.Problem(1, 1, 1, 512, 512, 512, 512, 512, 512, None, (), None, (), None, None, False, False, stair)
+    seen = np.zeros((512, 512), int)
+    for at in problem.pieces(p, 0, 0, np.zeros(6, int), False, stairs=True):
+        seen[at.row : at.row + at.rows, at.column : at.column + at.columns] += 1
+    assert seen.max() == 1
+    assert seen[np.tril_indices(512)].all()
+    assert seen.sum() == 512 * (512 + stair) // 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "ahead"),
+    [
+        (masks.Causal(), 0),
+        (masks.Causal(2) & masks.Causal(-1) & masks.SlidingWindow(4), -1),
+        (masks.Causal(2) | masks.Causal(-1), 2),
+        (masks.Causal() | masks.Sinks(3), None),
+        (~masks.Causal(), None),
+        (masks.Causal(jnp.asarray(1)), None),
+        (masks.Instead(masks.Causal()), 0),
+    ],
+)
+def test_how_far_ahead_a_mask_sees(mask, ahead):
+    g = Geometry(1, 1, 1, 20, 20)
+    assert mask.bind(g).ahead == ahead
+    assert mask.bind(Geometry(1, 1, 1, 20, 20, q_positions=jnp.arange(20)[None])).ahead is None
+    if ahead is not None:
+        t, s = np.nonzero(np.asarray(mask.dense(20, 20))[0, 0])
+        assert (s - t).max() == ahead
