@@ -13,8 +13,8 @@ from pallas_kernels.tpu.launch import simulation
 
 T = 600
 RNG = np.random.default_rng(2)
-SEGMENTS = jnp.asarray(np.sort(RNG.integers(0, 3, (2, T))))
-CHOSEN = jnp.asarray(RNG.random((1, 4, 3, 3)) > 0.3)
+SEGMENTS = jnp.asarray(np.sort(RNG.integers(0, 3, (1, T))))
+CHOSEN = jnp.asarray(RNG.random((1, 2, 3, 3)) > 0.3)
 BY_KEY, BY_QUERY, BY_CELL = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((T,), (T,), (T, T)))
 
 # name -> (arguments made of one array, that array, whether tiles are cut into stairs)
@@ -40,7 +40,7 @@ CASES = {
 
 
 def both_passes(backend, arguments, x):
-    q, k, v = (jnp.asarray(np.random.default_rng(3).normal(size=(2, T, n, 16)), jnp.float32) for n in (4, 2, 2))
+    q, k, v = (jnp.asarray(np.random.default_rng(3).normal(size=(2, T, n, 16)), jnp.float32) for n in (2, 1, 1))
     moving = x is not None and jnp.issubdtype(x.dtype, jnp.floating)
 
     def loss(q, k, v, x):
