@@ -29,8 +29,8 @@ from pallas_kernels import schedule
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "kernels.md"
 _MARKS = "<!-- attnzoo bench kernels: begin -->\n", "<!-- attnzoo bench kernels: end -->\n"
 
-TOKAMAX = "tokamax splash attention"
-"""Where it is installed. Its backward pass is one kernel, which brings its parts of dq to memory of T·S/block_k·H."""
+TOKAMAX = "tokamax splash, full tiles"
+"""Where it is installed; with a mask its kernels have two branches in one schedule. Its backward pass is one kernel, which brings its parts of dq to memory of T·S/block_k·H."""
 
 Case = tuple[Callable[..., Any], list[Any]]
 
@@ -76,7 +76,7 @@ def problems(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
         config = splash_attention_kernel.SplashConfig(
             block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=block_k
         )
-        mask = splash_attention_mask.CausalMask((tokens, tokens))
+        mask = splash_attention_mask.FullMask((tokens, tokens))
         kernel = splash_attention_kernel.make_splash_mha_single_device(mask, config=config)
         return lambda q, k, v: jax.vjp(kernel, q, k, v)[1](q), arrays(tokens, heads_first=True)
 
