@@ -30,7 +30,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "guide" / "kernels.md"
 _MARKS = "<!-- attnzoo bench kernels: begin -->\n", "<!-- attnzoo bench kernels: end -->\n"
 
 TOKAMAX = "tokamax splash, full tiles"
-"""Where it is installed; with a mask its kernels have two branches in one schedule. Its backward pass is one kernel, which brings its parts of dq to memory of T·S/block_k·H."""
+"""Where it is installed; with a mask its kernels have two branches in one schedule. Its backward pass is one kernel, which
+brings its parts of dq to memory of T·S/block_k·H."""
 
 Case = tuple[Callable[..., Any], list[Any]]
 
