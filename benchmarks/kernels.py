@@ -30,8 +30,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "guide" / "kernels.md"
 _MARKS = "<!-- attnzoo bench kernels: begin -->\n", "<!-- attnzoo bench kernels: end -->\n"
 
 TOKAMAX = "tokamax splash attention (mean)"
-"""Where it is installed. A kernel has a branch for full tiles and one for others in one schedule: bundles and bound are the mean
-of both. Its backward pass is one kernel, which brings its parts of dq to memory of T·S/block_k·H."""
+"""Where it is installed. A kernel has a branch for full tiles and one for others in one schedule: bundles and bound are their
+mean. Its backward pass is one kernel, which brings its parts of dq to memory of T·S/block_k·H."""
 
 Case = tuple[Callable[..., Any], list[Any]]
 
