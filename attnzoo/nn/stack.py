@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from attnzoo.core.sharding import divided_tokens
 from attnzoo.errors import unknown
 from attnzoo.nn.auxiliary import kept_apart, pass_on
 from attnzoo.nn.block import Block
@@ -64,7 +65,8 @@ class Stack(nnx.Module):
         """x through all layers by a call of one's own: (layer, x, carry) -> (x, carry)."""
 
         def kept(layer: Block, x: Array, carry: PyTree, cache: PyTree) -> tuple[Array, PyTree, PyTree]:
-            return *call(layer, x, carry), cache
+            x, carry = call(layer, divided_tokens(x), carry)
+            return divided_tokens(x), carry, cache
 
         return self._run(kept, x, [None] * len(self.sizes), training=True, carry=carry)[0]
 

@@ -11,6 +11,7 @@ from attnzoo import catalog
 from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.nn.linear import axis_names, named
 from train.config import MeshConfig
+from train.presets import preset
 from train.sharding import AXES, LARGE, RULES, check_axes, describe, make_mesh, on_mesh, shardings
 from train.tasks import make_task
 from train.trainer import Trainer
@@ -46,6 +47,22 @@ def test_a_mesh_does_not_change_the_loss_of_other_mixers(mixer, eight, replaced)
     one, _, _ = train(config, 8)
     many, _, _ = train(replaced(config, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)}), 8)
     np.testing.assert_allclose(many, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_what_layers_keep_is_divided(remat, replaced):
+    """Scanned layers of images, whose weights of attention are kept: an eighth on each device, not all of it on each."""
+    values = {"task": "digits", "data.name": "scikit_digits", "batch": 64, "model.dim": 64, "model.num_layers": 3,
+              "model.num_heads": 8, "model.patch_size": 2, "model.scan_layers": True, "model.remat": remat}  # fmt: skip
+
+    def temporaries(mesh):
+        config = replaced(preset("vit-l"), {**values, "mesh": mesh, "model.mlp_dim": 128, "model.dtype": "float32"})
+        trainer = Trainer(make_task(config), config, make_mesh(mesh))
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in next(iter(trainer.task.batches())).items()}
+        with on_mesh(trainer.mesh, trainer.exchange):
+            return trainer.trace(batch).lower().compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(MeshConfig(fsdp=8)) < temporaries(MeshConfig()) / 4
 
 
 @pytest.mark.slow
