@@ -50,6 +50,39 @@ def test_products_in_a_loop_count_as_often_as_it_runs():
     assert program.loops_of_unknown_length == 0
 
 
+def test_a_loop_that_counts_by_twos():
+    """As XLA writes products that it overlaps with bringing parts of one factor around a ring."""
+    program = Program("""
+HloModule ring
+
+%body (state: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %state = (u32[], f32[8,8]) parameter(0)
+  %two = u32[] constant(2)
+  %at = u32[] get-tuple-element(%state), index=0
+  %x = f32[8,8] get-tuple-element(%state), index=1
+  %next = u32[] add(%at, %two)
+  %y = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %after = (u32[], f32[8,8]) tuple(%next, %y)
+}
+
+%condition (state.1: (u32[], f32[8,8])) -> pred[] {
+  %state.1 = (u32[], f32[8,8]) parameter(0)
+  %eight = u32[] constant(8)
+  %at.1 = u32[] get-tuple-element(%state.1), index=0
+  ROOT %less = pred[] compare(%at.1, %eight), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,8]) -> (u32[], f32[8,8]) {
+  %zero = u32[] constant(0)
+  %x.1 = f32[8,8] parameter(0)
+  %start = (u32[], f32[8,8]) tuple(%zero, %x.1)
+  ROOT %loop = (u32[], f32[8,8]) while(%start), condition=%condition, body=%body
+}
+""")
+    assert program.loops_of_unknown_length == 0
+    assert accounting.flops(program) == 4 * 2 * 8**3
+
+
 def test_a_loop_whose_length_the_run_decides_counts_once_and_is_told():
     def f(x, w):
         return lax.while_loop(lambda x: x[0, 0] < 10, lambda x: x @ w, x)

@@ -67,6 +67,11 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self.instructions.values() if i.root)
 
+    def constants(self, instruction: Instruction) -> list[int]:
+        """The whole numbers among its operands."""
+        found = (self.instructions.get(name) for name in instruction.operands)
+        return [int(i.inside) for i in found if i is not None and i.opcode == "constant" and i.inside.isdigit()]
+
     def operands(self, instruction: Instruction) -> list[tuple[Shape, ...]]:
         return [self.instructions[name].shapes for name in instruction.operands if name in self.instructions]
 
@@ -133,9 +138,19 @@ class Program:
             return int(noted.group(1))
         condition = self.computations[loop.called("condition")[0]]
         root = condition.root
-        bounds = [condition.instructions.get(name) for name in root.operands]
-        constants = [int(b.inside) for b in bounds if b is not None and b.opcode == "constant" and b.inside.isdigit()]
-        return constants[0] if root.opcode == "compare" and "direction=LT" in root.attributes and constants else None
+        bounds = condition.constants(root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes or not bounds:
+            return None
+        counter = re.search(r"\bindex=(\d+)", condition.instructions[root.operands[0]].attributes)
+        return -(-bounds[0] // (self._step(loop, int(counter.group(1))) if counter else 1))
+
+    def _step(self, loop: Instruction, counter: int) -> int:
+        """How far one turn of a loop moves the counter at that place of its state. A product of matrices that XLA overlaps with
+        bringing parts of one of them around a ring of devices counts by twos."""
+        body = self.computations[loop.called("body")[0]]
+        after = body.instructions.get(body.root.operands[counter]) if len(body.root.operands) > counter else None
+        steps = body.constants(after) if after is not None and after.opcode == "add" else []
+        return max([1, *steps])
 
 
 def _instruction(line: str) -> Instruction | None:
