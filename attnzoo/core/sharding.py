@@ -44,8 +44,8 @@ def attention_axes(
     """Say on which axes of the current mesh (``jax.set_mesh``) batch rows, heads and tokens lie.
 
     Kernels are then run on each device's own rows and heads, and a `Stack` in training lays the tokens between its layers out
-    so. Matrix products and the other backends need no such rule: the compiler divides them. Where ``context`` has several devices, every call of ``attention`` is context-parallel:
-    queries, keys and values lie divided along their length, and
+    so. Matrix products and the other backends need no such rule: the compiler divides them. Where ``context`` has several
+    devices, every call of ``attention`` is context-parallel: queries, keys and values lie divided along their length, and
 
     - exchange="ring": keys and values travel from device to device, and each attends to them by blocks. Memory per device
       falls with the number of devices, any number of heads will do.
