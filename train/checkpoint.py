@@ -76,9 +76,11 @@ class Checkpoints:
     ) -> None:
         """Starts saving; training may go on. `wait` makes sure that it is on disk.
 
-        quality: by the validation after this step, if there was one; higher is better. Raises OSError if this save, or the
-        one before it, could not be written; the checkpoints before stay as they are.
+        quality: by the validation after this step, if there was one; higher is better. Raises OSError if the save before this
+        one could not be written, or this one could not be begun (with one process, the next `save` or `wait` says so); the
+        checkpoints before stay as they are.
         """
+        self.wait()  # so that a kill costs no more than what came after the save before, and one copy of the state is held
         model, optimizer = (_named(part) for part in _parts(state))
         position = copy.deepcopy(data.get_state())
         alone = jax.process_count() == 1
@@ -98,7 +100,6 @@ class Checkpoints:
                 force=True,
             )
 
-        self.wait()  # so that a kill costs no more than what came after the save before
         with self._writing():
             self._aside.submit(self._discard)
             if alone:

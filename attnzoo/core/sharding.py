@@ -120,17 +120,20 @@ def context_division(g: Geometry) -> tuple[Any, Axes] | None:
 def divided_tokens(x: Any) -> Any:
     """x ``[B, T, ...]`` with its rows and tokens where :func:`attention_axes` says that they lie, whole along its other axes.
 
-    Nothing on one device, without such a rule, on a mesh whose axes are explicit, and along an axis that does not divide. What
-    the compiler finds out from the inputs and the parameters alone may as well be features divided and rows repeated.
+    x as it is on one device, without such a rule, and on a mesh whose axes are explicit. An axis whose length does not divide,
+    and rows of which nothing is said, are left to the compiler. What it finds out from the inputs and the parameters alone may
+    as well be features divided and rows repeated.
     """
     mesh, axes = current_mesh(), _AXES.get()
     if mesh is None or axes is None or any(t != AxisType.Auto for t in mesh.axis_types):
         return x
-    spec = [
-        names if names and size % devices_along(mesh, what, names) == 0 else None
-        for what, names, size in (("batch", axes.batch, x.shape[0]), ("context", axes.context, x.shape[1]))
-    ]
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+    def place(what: str, names: tuple[str, ...], size: int) -> Any:
+        return names if size % devices_along(mesh, what, names) == 0 else P.UNCONSTRAINED
+
+    rows = place("batch", axes.batch, x.shape[0]) if axes.batch else P.UNCONSTRAINED
+    tokens = place("context", axes.context, x.shape[1]) if axes.context else None
+    return jax.lax.with_sharding_constraint(x, P(rows, tokens))
 
 
 def devices_along(mesh: Any, what: str, names: tuple[str, ...]) -> int:

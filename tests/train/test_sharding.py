@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnzoo import catalog
+from attnzoo.core.sharding import attention_axes, divided_tokens
 from attnzoo.models.lm import DecoderLM, LMConfig
 from attnzoo.nn.linear import axis_names, named
 from train.config import MeshConfig
@@ -63,6 +64,22 @@ def test_what_layers_keep_is_divided(remat, replaced):
             return trainer.trace(batch).lower().compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(MeshConfig(fsdp=8)) < temporaries(MeshConfig()) / 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows", "spec"),
+    [
+        ({"batch": "data", "context": "context"}, 8, P("data", "context")),
+        ({"batch": "data"}, 8, P("data")),
+        ({"heads": "context"}, 8, P("data")),  # of rows nothing is said: they stay where they are
+        ({"batch": "context", "context": "data"}, 7, P(None, "data")),
+    ],
+)
+def test_tokens_lie_where_the_rule_says(rule, rows, spec):
+    mesh = jax.make_mesh((4, 2), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), attention_axes(**rule):
+        x = jax.device_put(np.ones((rows, 16, 4)), NamedSharding(mesh, P("data") if rows == 8 else P()))
+        assert jax.jit(lambda x: divided_tokens(x * 2))(x).sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
 
 
 @pytest.mark.slow

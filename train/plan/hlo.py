@@ -141,14 +141,15 @@ class Program:
         bounds = condition.constants(root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes or not bounds:
             return None
-        counter = re.search(r"\bindex=(\d+)", condition.instructions[root.operands[0]].attributes)
+        compared = condition.instructions.get(root.operands[0])
+        counter = None if compared is None else re.search(r"\bindex=(\d+)", compared.attributes)
         return -(-bounds[0] // (self._step(loop, int(counter.group(1))) if counter else 1))
 
     def _step(self, loop: Instruction, counter: int) -> int:
         """How far one turn of a loop moves the counter at that place of its state. A product of matrices that XLA overlaps with
         bringing parts of one of them around a ring of devices counts by twos."""
         body = self.computations[loop.called("body")[0]]
-        after = body.instructions.get(body.root.operands[counter]) if len(body.root.operands) > counter else None
+        after = body.instructions.get(body.root.operands[counter]) if body.root.opcode == "tuple" else None
         steps = body.constants(after) if after is not None and after.opcode == "add" else []
         return max([1, *steps])
 

@@ -24,7 +24,8 @@ class Mask:
     that carry an array per token are aligned with the rows and columns of the call.
 
     To write one, subclass, decorate with :func:`mask`, and give ``bind``; give ``intervals`` too if every row sees a few
-    runs of keys, and its block map is exact for free.
+    runs of keys, and its block map is exact for free. Where no row sees far beyond its own number, the bound mask may say so
+    (`Bound.ahead`): fused kernels then leave out what lies above the diagonals of tiles.
     """
 
     def bind(self, g: Geometry) -> Bound:
