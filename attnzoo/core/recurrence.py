@@ -8,20 +8,25 @@ Per head, with a state ``S [K, V]`` in float32,
 (DeltaNet, Gated DeltaNet) are named cases. RWKV-7 is a = -κ̂, b = κ̂ ⊙ a. All work in chunks: matrix products within a chunk
 and a state from chunk to chunk, so time and memory are linear in T, backward too. :func:`recurrence_step` is one token.
 
-On TPU a fused kernel runs (`pallas_kernels.tpu.scan`), elsewhere the same chunk algebra by XLA.
+On TPU a fused kernel runs (`pallas_kernels.tpu.scan`), elsewhere the same chunk algebra by XLA. On a mesh the kernel runs on
+each device's batch rows and heads, as :func:`attnzoo.core.sharding.attention_axes` divides them, and on all of their tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from attnzoo.core.cells import Geometry
+from attnzoo.core.sharding import division
 from attnzoo.errors import unknown
 from pallas_kernels.tpu.scan.choice import CHUNK
 from pallas_kernels.tpu.scan.chunk import Form, Tokens, chunk
@@ -57,7 +62,8 @@ def linear_recurrence(
         ``out [*B, T, N, V]`` in the type of ``v``, and the state after the last token, float32.
 
     Raises:
-        ValueError: shapes that do not fit, a chunk size or a backend that cannot run this.
+        ValueError: shapes that do not fit, a chunk size or a backend that cannot run this, a mesh without a rule of what its
+            axes divide (for the kernel).
 
     Decays and states are float32; products take the type of ``q`` and sum in float32; the triangular solve is rounded to
     that type only once its inverse is there. Differentiable once, in reverse, in all arrays.
@@ -71,7 +77,7 @@ def linear_recurrence(
     width = v.shape[-1]
     if state is None:
         state = jnp.zeros((batch, heads, depth, width), jnp.float32)
-    state = state.astype(jnp.float32).reshape(batch * heads, depth, width).swapaxes(1, 2)
+    state = state.astype(jnp.float32).reshape(batch, heads, depth, width)
     chunk_size = CHUNK if chunk_size is None else chunk_size
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, such as {CHUNK}, not {chunk_size}")
@@ -86,10 +92,9 @@ def linear_recurrence(
     if log_decay is not None:
         log_decay = jnp.reshape(log_decay, (batch, *log_decay.shape[len(lead) :]))
         log_decay = jnp.maximum(log_decay.astype(jnp.float32), FORGOTTEN)
-    x = Tokens(*(None if u is None else _by_heads(form, u) for u in (q, k, v, log_decay, a, b)))
-    out, state = _kernel(form, x, state) if fused else _plain(form, x, state)
-    out = jnp.moveaxis(out[:, :length].reshape(batch, heads, length, width), 1, 2).astype(v.dtype)
-    return out.reshape(*lead, *out.shape[1:]), state.swapaxes(1, 2).reshape(*lead, heads, depth, width)
+    x = Tokens(q, k, v, log_decay, a, b)
+    out, state = _on_mesh(form, x, state) if fused else _by_heads(_plain, form, x, state)
+    return out.reshape(*lead, length, heads, width), state.reshape(*lead, heads, depth, width)
 
 
 def gated_linear_attention(q: Array, k: Array, v: Array, log_decay: Array | None = None, **options: Any) -> tuple[Array, Array]:
@@ -187,7 +192,31 @@ def _refusal(chunk_size: int, *arrays: Any) -> str | None:
     return None
 
 
-def _by_heads(form: Form, x: Any) -> Any:
+def _on_mesh(form: Form, x: Tokens, state: Any) -> tuple[Any, Any]:
+    """By the kernel: each device of a mesh computes its own batch rows and heads; nothing is communicated."""
+    run = functools.partial(_by_heads, _kernel, form)
+    batch, length, heads, _ = x.q.shape
+    divided = division(Geometry(batch, heads, heads, length, length), otherwise="xla")
+    if divided is None:
+        return run(x, state)
+    mesh, axes = divided
+    b, h = axes.batch or None, axes.heads or None
+    tokens, states = P(b, None, h), P(b, h)
+    given = jax.tree.map(lambda _: tokens, x)
+    return jax.shard_map(run, mesh=mesh, in_specs=(given, states), out_specs=(tokens, states), check_vma=False)(x, state)
+
+
+def _by_heads(run: Callable[..., Any], form: Form, x: Tokens, state: Any) -> tuple[Any, Any]:
+    """``run`` of tokens ``[B, T, N, ...]`` and states ``[B, N, K, V]``, which it takes as rows of a head's chunks and transposed;
+    ``out [B, T, N, V]`` and states as they came."""
+    batch, length, heads, width = x.v.shape
+    rows = Tokens(*(None if u is None else _rows(form, u) for u in x))
+    out, last = run(form, rows, state.reshape(batch * heads, *state.shape[2:]).swapaxes(1, 2))
+    out = jnp.moveaxis(out[:, :length].reshape(batch, heads, length, width), 1, 2)
+    return out.astype(x.v.dtype), last.swapaxes(1, 2).reshape(state.shape)
+
+
+def _rows(form: Form, x: Any) -> Any:
     """``[B, T, N, ...] -> [B N, T', ...]``, padded with zeros, which neither write, read nor forget, to whole chunks."""
     x = jnp.moveaxis(x, 2, 1)
     x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -67,8 +67,10 @@ def attention_axes(
         _AXES.reset(token)
 
 
-def division(g: Geometry) -> tuple[Any, Axes] | None:
+def division(g: Geometry, otherwise: str = "blockwise") -> tuple[Any, Axes] | None:
     """The current mesh and the axes that divide a call of geometry ``g`` on it; None on one device, and inside ``shard_map``.
+
+    otherwise: a backend that needs no rule.
 
     Raises ValueError when no rule was given, or it does not divide the batch or the key heads.
     """
@@ -79,7 +81,7 @@ def division(g: Geometry) -> tuple[Any, Axes] | None:
     if axes is None:
         raise ValueError(
             f"the call runs on a mesh of {dict(mesh.shape)}, and a kernel must be told what each axis divides: wrap it in "
-            "attnzoo.core.sharding.attention_axes(batch=..., heads=...), or choose backend='blockwise'"
+            f"attnzoo.core.sharding.attention_axes(batch=..., heads=...), or choose backend={otherwise!r}"
         )
     for what, names, size in (("batch", axes.batch, g.batch), ("heads", axes.heads, g.kv_heads)):
         parts = devices_along(mesh, what, names)

@@ -196,6 +196,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from attnzoo.core import masks
 from attnzoo.core.attention import attention
+from attnzoo.core.recurrence import gated_linear_attention
 from attnzoo.core.sharding import attention_axes
 from pallas_kernels import schedule
 from pallas_kernels.tpu.launch import compiling_for
@@ -206,13 +207,16 @@ mesh = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 where = NamedSharding(mesh, P("data", None, "tensor"))
 q, k, v = (jax.ShapeDtypeStruct((data, 2048, n * tensor, 128), "bfloat16", sharding=where) for n in (2, 1, 1))
 
-def loss(q, k, v):
+def attended(q, k, v):
     return (attention(q, k, v, mask=masks.Causal(), backend="pallas").astype(jnp.float32) ** 2).sum()
 
-with jax.set_mesh(mesh), attention_axes(batch="data", heads="tensor"), compiling_for(generation):
-    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("tpu",)).compile().as_text()
-found = ["attnzoo_flash_backward" in text, "all-gather" in text, "all-to-all" in text]
-print(json.dumps([topology, found]), flush=True)
+def carried(q, k, v):
+    return (gated_linear_attention(q, q, q, backend="tpu")[0].astype(jnp.float32) ** 2).sum() + k.sum() + v.sum()
+
+for kernel, loss in (("attnzoo_flash_backward", attended), ("attnzoo_scan_backward", carried)):
+    with jax.set_mesh(mesh), attention_axes(batch="data", heads="tensor"), compiling_for(generation):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("tpu",)).compile().as_text()
+    print(json.dumps([kernel, [kernel in text, "all-gather" in text, "all-to-all" in text]]), flush=True)
 """
 
 
@@ -222,10 +226,12 @@ print(json.dumps([topology, found]), flush=True)
 )
 def test_divided_over_a_mesh(generation, topology, data, tensor):
     """Kernels run on each device's rows and heads, and no keys or values move."""
-    ((_, (kernels, gathered, exchanged)),) = run(SHARDED, generation, topology, str(data), str(tensor))
-    assert kernels
-    assert not gathered
-    assert not exchanged
+    lines = run(SHARDED, generation, topology, str(data), str(tensor))
+    assert len(lines) == 2  # attention, and a recurrence
+    for name, (kernels, gathered, exchanged) in lines:
+        assert kernels, name
+        assert not gathered, name
+        assert not exchanged, name
 
 
 RING = """

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from attnzoo.core.recurrence import linear_recurrence
+from attnzoo.core.sharding import attention_axes
 from pallas_kernels import operations
 from pallas_kernels.tpu.launch import compiling_for, simulation
 from pallas_kernels.tpu.scan.products import inverse, sums
@@ -90,6 +92,20 @@ def test_twice_the_same_bits_and_auto_takes_the_kernel(rng):
         assert "attnzoo_scan" in str(jax.make_jaxpr(lambda x: linear_recurrence(**x))(x))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("decay", "erases"), SOME)
+def test_divided_over_a_mesh(decay, erases, rng):
+    """Each of four devices has a batch row and a head; without a rule the error says what would work."""
+    x = oracle.draw(rng, decay, erases, batch=2, length=20)
+    weights = oracle.draw_weights(rng, x)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with simulation(), jax.set_mesh(mesh):
+        with attention_axes(batch="data", heads="tensor"):
+            got = oracle.values_and_gradients(kernel(16), x, weights)
+        with pytest.raises(ValueError, match="attention_axes.*or choose backend='xla'"):
+            linear_recurrence(**x, chunk_size=16)
+    assert oracle.worst(got, oracle.exact(oracle.rank_one, x, weights)) < 2e-6
 
 
 def test_what_the_kernel_cannot_take_is_refused_by_name(rng):
