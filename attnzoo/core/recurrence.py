@@ -207,8 +207,8 @@ def _on_mesh(form: Form, x: Tokens, state: Any) -> tuple[Any, Any]:
 
 
 def _by_heads(run: Callable[..., Any], form: Form, x: Tokens, state: Any) -> tuple[Any, Any]:
-    """``run`` of tokens ``[B, T, N, ...]`` and states ``[B, N, K, V]``, which it takes as rows of a head's chunks and transposed;
-    ``out [B, T, N, V]`` and states as they came."""
+    """``run`` of tokens ``[B, T, N, ...]`` and states ``[B, N, K, V]``, which it takes as rows of a head's chunks and
+    transposed; ``out [B, T, N, V]`` and states as they came."""
     batch, length, heads, width = x.v.shape
     rows = Tokens(*(None if u is None else _rows(form, u) for u in x))
     out, last = run(form, rows, state.reshape(batch * heads, *state.shape[2:]).swapaxes(1, 2))

@@ -96,16 +96,3 @@ def minor(word: Any) -> Any:
 
 def major(word: Any) -> Any:
     return word >> _MAJOR
-
-
-def refusal(lists: int, major: int, minor: int, known_tiles: int | None) -> str | None:
-    """Why lists for that many blocks cannot be held (None: they can). known_tiles: the longest list, if known."""
-    if max(major, minor) > MOST_BLOCKS:
-        return f"{major}×{minor} blocks are more than the {MOST_BLOCKS} per axis that it can count; use larger block_sizes"
-    size = 4 * lists * (major * minor if known_tiles is None else known_tiles)
-    if size > MOST_BYTES:
-        return (
-            f"its lists of tiles would take {size // 1024} KiB of scalar memory, more than {MOST_BYTES // 1024} KiB; use "
-            "larger block_sizes, or a mask that batch rows and heads share"
-        )
-    return None

@@ -42,10 +42,3 @@ def test_a_step_per_tile():
         counts = bm.counts()
         assert made.steps == counts["partial"] + counts["full"] < 3 * length / 512
         assert made.words.nbytes < jobs.MOST_BYTES
-
-
-def test_lists_that_do_not_fit_are_refused():
-    assert jobs.refusal(1, 256, 256, None) is None
-    assert "KiB of scalar memory" in jobs.refusal(8, 256, 256, None)
-    assert jobs.refusal(8, 256, 256, 1000) is None
-    assert "larger block_sizes" in jobs.refusal(1, 10_000, 10_000, 5)

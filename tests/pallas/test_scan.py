@@ -103,7 +103,7 @@ def test_divided_over_a_mesh(decay, erases, rng):
     with simulation(), jax.set_mesh(mesh):
         with attention_axes(batch="data", heads="tensor"):
             got = oracle.values_and_gradients(kernel(16), x, weights)
-        with pytest.raises(ValueError, match="attention_axes.*or choose backend='xla'"):
+        with pytest.raises(ValueError, match=r"attention_axes.*or choose backend='xla'"):
             linear_recurrence(**x, chunk_size=16)
     assert oracle.worst(got, oracle.exact(oracle.rank_one, x, weights)) < 2e-6
 

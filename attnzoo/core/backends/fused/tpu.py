@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands, pages_of, problem_of
 from attnzoo.core.backends.part import Part, PartGradients
+from attnzoo.core.backends.turns import MOST_TURNS, Turn, attend_in_turns, gradients_in_turns, turns
 from attnzoo.core.cells import Geometry
 
 DTYPES = ("float32", "bfloat16")
@@ -66,13 +68,40 @@ def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | No
             f"heads that see different tiles may share a key head {jobs.MOST_MEMBERS} at a time, not {group}; repeat k and "
             "v, or let all heads see the same tiles"
         )
-    tiles = None
-    if rectangle is None and isinstance(bm.state, np.ndarray):
-        tiles = int(np.maximum(1, (bm.state > 0).sum(-1)).sum(-1).max())
-    return jobs.refusal(batch * heads, rows, columns, tiles)
+    if max(rows, columns) > jobs.MOST_BLOCKS:
+        return (
+            f"{rows}×{columns} blocks are more than the {jobs.MOST_BLOCKS} per axis that it can count; use larger block_sizes"
+        )
+    order = _order(part, (batch, heads, rows, columns), rectangle is None)
+    if order is None or len(order) > MOST_TURNS:
+        return (
+            f"its lists of tiles would take more than {MOST_TURNS} times the {jobs.MOST_BYTES // 1024} KiB of scalar memory "
+            "that there are for them; use larger block_sizes, or a mask that batch rows and heads share"
+        )
+    return None
+
+
+def _order(part: Part, states: tuple[int, int, int, int], whole: bool = True) -> list[Turn] | None:
+    """In which turns a part, or as many of its tiles as ``states`` says, has lists that fit into scalar memory."""
+    from pallas_kernels.tpu.jobs import MOST_BYTES
+
+    tiles, state = None, part.block_map.state
+    if whole and isinstance(state, np.ndarray):
+        tiles = np.maximum(1, (state > 0).sum(-1))
+    return turns(part.geometry, states, tiles, MOST_BYTES // 4)
 
 
 def attend(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
+    return attend_in_turns(part, _known_order(part), functools.partial(_attend, packed))
+
+
+def _known_order(part: Part) -> list[Turn]:
+    order = _order(part, part.block_map.state.shape)
+    assert order is not None  # else refused
+    return order
+
+
+def _attend(packed: Geometry | None, part: Part) -> tuple[Any, Any]:
     from pallas_kernels.tpu import attend
 
     problem, arrays = _problem(part, packed)
@@ -81,6 +110,10 @@ def attend(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
 
 
 def gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
+    return gradients_in_turns(part, _known_order(part), _gradients, lse, d_out, delta)
+
+
+def _gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
     from pallas_kernels.tpu.attend import attend_gradients
 
     problem, arrays = _problem(part, None)
