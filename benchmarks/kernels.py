@@ -7,7 +7,8 @@ Needs the TPU compiler (pip install -e ".[tpu]"), not a TPU. Every kernel is com
 bundles (cycles) a tile takes between the first and the last use of the matrix units, how full these and the vector units
 are meanwhile, the bundles that the matrix products alone would take, registers spilled, and on-chip memory. Of the
 branches of a kernel of ours, for full tiles, for those that the mask cuts along their diagonal and for others on its
-border, each is compiled by itself. Writes results/kernels.json and the table in docs/guide/kernels.md.
+border, each is compiled by itself. A second table has what other kernels of ours do in a step. Writes results/kernels.json and
+the tables in docs/guide/kernels.md.
 """
 
 from __future__ import annotations
@@ -100,10 +101,64 @@ def problems(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
     return found | ({TOKAMAX: tokamax_splash} if importlib.util.find_spec("tokamax") else {})
 
 
+def others(options: argparse.Namespace) -> dict[str, tuple[str, Callable[[], Case]]]:
+    """name -> what a step does, and as in :func:`problems`."""
+    import jax
+    import jax.numpy as jnp
+
+    from attnzoo.core.attention import attention
+    from attnzoo.core.gathered import gathered_attention
+    from attnzoo.core.quantized import quantize
+    from attnzoo.core.recurrence import linear_recurrence
+
+    width, tokens, heads = options.width, 2048, 8
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def carried(decay: tuple[int, ...] | None, *erasing: str) -> Callable[[], Case]:
+        token = array(1, tokens, heads, width)
+        given = dict.fromkeys(("q", "k", "v", *erasing), token)
+        if decay is not None:
+            given["log_decay"] = array(1, tokens, heads, *decay, dtype=jnp.float32)
+
+        def both(*arrays: Any) -> Any:
+            out, pull = jax.vjp(lambda *x: linear_recurrence(**dict(zip(given, x, strict=True)), backend="tpu")[0], *arrays)
+            return pull(out)
+
+        return lambda: (both, list(given.values()))
+
+    def listed() -> Case:
+        def both(q: Any, k: Any, v: Any, places: Any) -> Any:
+            out, pull = jax.vjp(lambda q: gathered_attention(q, k, v, places, backend="pallas"), q)
+            return pull(out)
+
+        return both, [*[array(1, 4096, 2, width)] * 3, array(1, 2, 2, 1024, dtype=jnp.int32)]
+
+    def decoded() -> Case:
+        cache = array(1, 4096, 1, width)
+        return lambda q, k, v: attention(q, k, v, backend="pallas"), [array(1, 1, heads, width), cache, cache]
+
+    def narrow(q: Any, k: Any, v: Any) -> Any:
+        sizes = (options.block_q, options.block_k)
+        return attention(q, quantize(k, per="feature"), quantize(v), backend="pallas", block_sizes=sizes)
+
+    return {
+        "decoding": (f"1 query of 8 heads x {options.block_k} keys", decoded),
+        "keys and values in 8 bits": (
+            f"{options.block_q} queries x {options.block_k} keys", lambda: (narrow, [array(1, 4096, 2, width)] * 3)
+        ),
+        "listed keys": ("2048 queries x 256 keys", listed),
+        "recurrence, a decay per head": ("64 tokens of 8 heads", carried(())),
+        "delta rule, a decay per head": ("64 tokens of 4 heads", carried((), "a")),
+        "diagonal plus rank one": ("64 tokens of 4 heads", carried((width,), "a", "b")),
+    }  # fmt: skip
+
+
 def compile_one(generation: str, name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """In this process, which must not have used a TPU compiler before."""
     schedule.prepare(folder)
-    f, arguments = problems(options)[name]()
+    f, arguments = (problems(options) | {other: case for other, (_, case) in others(options).items()})[name]()
     schedule.compiled(generation, f, arguments)
     found = [dataclasses.asdict(s) for s in schedule.read(folder)]
     if name == TOKAMAX:
@@ -158,6 +213,23 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_others(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """As Markdown, the passes of a kernel next to each other."""
+    lines = [
+        f"Other kernels, head width {options.width}, bfloat16: bundles of one step of the grid, as above.",
+        "",
+        "| TPU | kernel | a step | pass | bundles | bound | MXU | VALU | EUP | XLU | spills | VMEM, KiB |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in sorted(rows, key=lambda r: (r["generation"], r["problem"], r["pass"] != "forward")):
+        use = " | ".join(f"{r['use'][unit]:.2f}" for unit in ("MXU", "VALU", "EUP", "XLU"))
+        lines.append(
+            f"| {r['generation']} | {r['problem']} | {r['step']} | {r['pass']} | {r['hot']} | {r['bound']} | {use} | "
+            f"{r['spills']} | {r['vmem'] // 1024} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print and write; returns the exit code."""
     parser = arguments("kernels", __doc__)
@@ -171,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         generation, name, folder = options.one
         print(json.dumps(compile_one(generation, name, Path(folder), options)))
         return 0
-    rows = []
+    rows: list[dict[str, Any]] = []
+    more: list[dict[str, Any]] = []
     generations = options.generations.split(",")
     try:
         for generation in generations:
@@ -184,14 +257,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             for found in compile_apart(generation, name, options):
                 rows.append({"generation": generation, "problem": name, "pass": role(found["kernel"], name), **found})
                 print(f"{generation}  {name}  {rows[-1]['pass']}: {found['hot']} bundles", flush=True)
+        for name, (step, _) in others(options).items():
+            for found in compile_apart(generation, name, options):
+                way = "backward" if "backward" in found["kernel"] else role(found["kernel"])
+                way = "forward" if way == found["kernel"] else way  # recurrences are not named for it
+                more.append({"generation": generation, "problem": name, "step": step, "pass": way, **found})
+                print(f"{generation}  {name}  {way}: {found['hot']} bundles", flush=True)
     sizes = {"block_q": options.block_q, "block_k": options.block_k, "width": options.width, "dtype": "bfloat16"}
-    text = table(rows, options)
+    text = table(rows, options) + "\n" + table_of_others(more, options)
     print(f"\n{text}")
-    save("kernels", options, before, {"sizes": sizes, "rows": rows})
+    save("kernels", options, before, {"sizes": sizes, "rows": rows, "others": more})
     if options.out == RESULTS:
         start, rest = PAGE.read_text().split(_MARKS[0])
         PAGE.write_text(start + _MARKS[0] + text + _MARKS[1] + rest.split(_MARKS[1])[1])
-        print(f"and the table in {PAGE}")
+        print(f"and the tables in {PAGE}")
     return 0
 
 

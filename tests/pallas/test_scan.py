@@ -14,7 +14,8 @@ from attnzoo.core.recurrence import linear_recurrence
 from attnzoo.core.sharding import attention_axes
 from pallas_kernels import operations
 from pallas_kernels.tpu.launch import compiling_for, simulation
-from pallas_kernels.tpu.scan.products import inverse, sums
+from pallas_kernels.tpu.scan.lockstep import in_lockstep
+from pallas_kernels.tpu.scan.products import inverse, product, sums
 from tests.core import recurrence_oracle as oracle
 
 SOME = [("none", "shared"), ("head", "none")]
@@ -117,6 +118,25 @@ def test_what_the_kernel_cannot_take_is_refused_by_name(rng):
             linear_recurrence(**(x | {"v": x["v"].astype(np.float16)}), backend="tpu")
 
 
+def test_operations_of_several_heads_take_turns(rng):
+    """The results are those of one after another, to the bit; calls inside are taken apart, what nothing needs is left out."""
+    given = [tuple(jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for _ in range(2)) for _ in range(3)]
+
+    def work(a, b):
+        jnp.sin(b)  # no one asks for it
+        y, pull = jax.vjp(lambda a: product(jax.jit(jnp.tanh)(a), b, (1, 0), jnp.float32), a)
+        return {"y": y, "d": pull(y)[0]}
+
+    for a, b in zip(in_lockstep(work, given), [work(*x) for x in given], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    names = [e.primitive.name for e in jax.make_jaxpr(lambda given: in_lockstep(work, given))(given).jaxpr.eqns]
+    assert names[:3] == ["tanh"] * 3
+    assert names.count("dot_general") == 6
+    assert "sin" not in names
+    at = [n for n, name in enumerate(names) if name == "dot_general"]
+    assert at[2] - at[0] == 2 and at[5] - at[3] == 2  # neighbours
+
+
 def test_products_of_bfloat16_that_are_finer_than_it(rng):
     """Sums of decays lose nothing; an inverse has at least 12 right bits before it is rounded."""
     chosen = np.tril(np.ones((64, 64), np.float32))
@@ -148,8 +168,8 @@ def given(*shape, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
 size = int(size)
-tokens = (1, 4096, 2)
-x = {name: given(*tokens, size) for name in "qkv"} | {"state": given(1, 2, size, size, dtype="float32")}
+tokens = (1, 4096, 8)
+x = {name: given(*tokens, size) for name in "qkv"} | {"state": given(1, 8, size, size, dtype="float32")}
 if decay != "none":
     x["log_decay"] = given(*tokens, *([size] if decay == "channel" else []), dtype="float32")
 if erases != "none":
@@ -174,6 +194,7 @@ assert "attnzoo_scan" in text and "attnzoo_scan_backward" in text
         ("bfloat16", "channel", "own", 128),
         ("float32", "head", "own", 64),
         ("float32", "channel", "own", 128),
+        ("bfloat16", "channel", "own", 256),
     ],
 )
 def test_compiles_for_tpu(generation, dtype, decay, erases, size):

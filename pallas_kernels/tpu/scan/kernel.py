@@ -2,7 +2,7 @@
 
 Both walk the chunks in order (the backward one from the end) for a few heads at a time, whose states stay in fast memory.
 The backward kernel has each chunk's incoming state, which the forward kernel wrote, and differentiates the chunk's algebra
-where it runs. The compiler works through the heads of a step one after another: its schedules overlap them little.
+where it runs. The heads of a step take turns, operation by operation: within a head each waits for the one before.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pallas_kernels import operations
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.scan.choice import heads_at_once
 from pallas_kernels.tpu.scan.chunk import Form, Tokens, chunk
+from pallas_kernels.tpu.scan.lockstep import in_lockstep
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -54,7 +55,7 @@ class _Blocks:
         self.depth = x.q.shape[-1]
         self.chunks = length // form.chunk
         self.form, self.turned = form, turned
-        self.heads = heads_at_once(self.rows)
+        self.heads = heads_at_once(self.rows, self.depth * self.width * x.v.dtype.itemsize, form.erases)
         self.grid = (self.rows // self.heads, self.chunks)
 
     def _at(self, c: Any) -> Any:
@@ -133,12 +134,13 @@ def _forward_kernel(form: Form, names: list[str], *refs: Any) -> None:
     def _() -> None:
         state[...] = start[...]
 
-    for head in range(out.shape[0]):
-        here = state[head]
-        for ref in states:
-            ref[head, 0] = here
-        o, state[head] = chunk(form, here, _tokens_of(form, names, tokens, head))
-        out[head] = o.astype(out.dtype)
+    heads = range(out.shape[0])
+    for ref in states:
+        for head in heads:
+            ref[head, 0] = state[head]
+    given = [(state[head], _tokens_of(form, names, tokens, head)) for head in heads]
+    for head, (o, last) in zip(heads, in_lockstep(functools.partial(chunk, form), given), strict=True):
+        out[head], state[head] = o.astype(out.dtype), last
 
 
 def _backward(form: Form, x: Tokens, states: Any, d_out: Any, d_last: Any) -> tuple[Tokens, Any]:
@@ -170,9 +172,13 @@ def _backward_kernel(form: Form, names: list[str], *refs: Any) -> None:
     def _() -> None:
         d_state[...] = d_last[...]
 
-    for head in range(d_out.shape[0]):
-        x = _tokens_of(form, names, tokens, head)
-        d_state[head], d = _pull(form, states[head, 0], x, (d_out[head].astype(jnp.float32), d_state[head]))
+    heads = range(d_out.shape[0])
+    given = [
+        (states[head, 0], _tokens_of(form, names, tokens, head), (d_out[head].astype(jnp.float32), d_state[head]))
+        for head in heads
+    ]
+    for head, (before, d) in zip(heads, in_lockstep(functools.partial(_pull, form), given), strict=True):
+        d_state[head] = before
         for name, ref in zip(names, grads, strict=True):
             here = ref.at[head, 0] if name == "w" and form.decay == "head" else ref.at[head]
             here[...] = getattr(d, name).astype(ref.dtype)
