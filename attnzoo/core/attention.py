@@ -109,7 +109,8 @@ def _run(request: Request, backend: str) -> Any:
         if isinstance(request.weights, Thresholded):
             name, _ = choose(request, backend, refusals(request) if divided is None else context.refusals(request, *divided))
             if by_tiles(name):
-                return passes.run(request, lambda r: _run(r, name))
+                held = None if divided is not None else getattr(BACKENDS[name], "thresholds", None)
+                return passes.run(request, lambda r: _run(r, name), held)
         if divided is not None:
             return context.run(request, backend, *divided)
         if uniform and _rows_are_alike(request):

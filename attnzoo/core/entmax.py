@@ -30,10 +30,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
-from attnzoo.core.cells import Bound, Geometry, Operand, concrete
+from attnzoo.core.cells import Geometry, concrete
 from attnzoo.core.masks.base import mask as pytree
-from attnzoo.core.scores import Score
-from attnzoo.core.weights import HIDDEN, Pointwise, Thresholded
+from attnzoo.core.weights import Thresholded
 
 #: Beyond this, e^-(a-1) log p leaves float32's range; such entries carry no weight that could be told from zero.
 _STEEP = 80.0
@@ -125,6 +124,14 @@ class Entmax(Thresholded):
         b = self._alphas(g).astype(jnp.float32) - 1
         return b + jax.lax.stop_gradient(jnp.where(jnp.abs(b) < _NEAR, _NEAR - b, 0))
 
+    @property
+    def _power(self) -> int:
+        """1/b where that is known to be 1 or 2, else 0: weights are then powers, which take no logarithm."""
+        return {1.5: 2, 2: 1}.get(self.alpha, 0) if isinstance(self.alpha, int | float) else 0
+
+    def numbers(self, g: Geometry) -> tuple[Float[Array, "1 N|1 1 1"], ...]:
+        return () if self._power else (self._b(g),)
+
     def reference(self, top: Array, slack: float, g: Geometry) -> Array:
         # At least the maximum where b > 0, at most where b < 0: so e^(b u) + b d can have its value at the maximum.
         return top - jnp.where(self._b(g) > 0, 0, slack)
@@ -136,56 +143,40 @@ class Entmax(Thresholded):
         low = jnp.where(b > 0, -most, -jnp.log1p(jnp.expm1(size * most) + size * slack) / size)
         return low, jnp.where(b > 0, jnp.log1p(size * slack) / size, 0)
 
-    def at(self, r: Array, u: Array) -> Pointwise:
-        return _AtThreshold(self, r, u)
+    def row(self, u: Array, *numbers: Array) -> tuple[Array, ...]:
+        if self._power:
+            return (jnp.exp(u / self._power),)
+        (b,) = numbers
+        return u, b * jnp.exp(-b * u), 1 / b
 
-    def slope(self, r: Array, u: Array) -> Pointwise:
-        return _AtThreshold(self, r, u, slope=True)
+    def weight(self, x: Array, *row: Array) -> Array:
+        if self._power:
+            y = self._base(x, *row)
+            return y if self._power == 1 else y * y
+        return _exponential(0, x, *row)
+
+    def steepness(self, x: Array, *row: Array) -> Array:  # p^(1-b) e^(b u)
+        if self._power:
+            y = self._base(x, *row)
+            return row[0] * (jnp.where(y > 0, 1.0, 0.0) if self._power == 1 else y)
+        return _exponential(1, x, *row)
+
+    def _base(self, x: Array, at_top: Array) -> Array:
+        """``[e^(b u) + b x]_+`` for b = 1 / power."""
+        y = at_top + x / self._power
+        return jnp.where(y > 0, y, 0.0)
 
     def __repr__(self) -> str:
         return f"entmax({self.alpha if isinstance(self.alpha, int | float) else 'alpha per head'})"
 
 
-@pytree(leaves=("of", "r", "u"))
-class _AtThreshold(Pointwise):
-    """Entmax weights where reference and threshold of every row are known; slope: their derivative by u, p^(1-b) e^(b u)."""
-
-    of: Entmax
-    r: Float[Array, "B|1 N|1 T|1 1"]
-    u: Float[Array, "B|1 N|1 T|1 1"]
-    slope: bool = False
-
-    def score(self, g: Geometry) -> Score:
-        return _Power(self.of._b(g), self.r, self.u, self.slope)
-
-    def phi(self, s: Array) -> Array:
-        return s
-
-    def __repr__(self) -> str:
-        return repr(self.of)
-
-
-@pytree(leaves=("b", "r", "u"))
-class _Power(Score):
-    """``[e^(b u) + b (s - r)]_+^(1/b)``, or its derivative by u."""
-
-    b: Float[Array, "1 N|1 1 1"]
-    r: Float[Array, "B|1 N|1 T|1 1"]
-    u: Float[Array, "B|1 N|1 T|1 1"]
-    slope: bool
-
-    def bind(self, g: Geometry) -> Bound:
-        def apply(s: Array, c: Any, b: Array, inverse: Array, r: Array, u: Array, shrink: Array) -> Array:
-            t = b * (s - r) * shrink
-            on = t > -1
-            log = jnp.log1p(jnp.where(on, t, 0.0))
-            p = jnp.exp(u + log * (inverse - 1 if self.slope else inverse))
-            # Where b < 0 nothing is off in the solution; a trial that is must count as far too large.
-            p = jnp.where(on, p, jnp.where(b > 0, 0.0, _LARGE))
-            return jnp.where(s > HIDDEN, p, s)
-
-        arrays = (self.b, 1 / self.b, self.r, self.u, jnp.exp(-self.b * self.u))
-        return Bound(tuple(Operand(x, "aligned") for x in arrays), apply)
+def _exponential(less: int, x: Array, u: Array, scale: Array, inverse: Array) -> Array:
+    """``exp(u + (1/b - less) log1p(t))`` with ``t = b x e^(-b u)``; scale = b e^(-b u), inverse = 1/b."""
+    t = scale * x
+    on = t > -1
+    p = jnp.exp(u + jnp.log1p(jnp.where(on, t, 0.0)) * (inverse - less))
+    # Where b < 0 nothing is off in the solution; a trial that is must count as far too large.
+    return jnp.where(on, p, jnp.where(inverse > 0, 0.0, _LARGE))
 
 
 def _prepare(x: Any, where: Any, axis: int) -> tuple[Array, Array]:

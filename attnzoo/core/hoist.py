@@ -117,10 +117,10 @@ def hoist(bound: Bound, g: Geometry, what: str, *, score: bool = False) -> Bound
     return Bound((*(operands[i] for i in kept), *hoisted), apply, bound.ahead)
 
 
-def outside(f: Callable[[Any], Any]) -> str | None:
-    """The first primitive of an elementwise ``f`` that does not run inside a kernel (None: all do)."""
+def outside(f: Callable[..., Any], count: int = 1) -> str | None:
+    """The first primitive of an elementwise ``f`` of ``count`` arrays that does not run inside a kernel (None: all do)."""
     x = jax.ShapeDtypeStruct((), "float32")
-    (out,) = _trace(jax.make_jaxpr(f)(x), [_Node(frozenset("xts"), x, "x")])
+    (out,) = _trace(jax.make_jaxpr(f)(*(x,) * count), [_Node(frozenset("xts"), x, "x")] * count)
     stack = [out]
     while stack:
         node = stack.pop()

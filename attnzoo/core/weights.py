@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnzoo.core.cells import Bound, Geometry, concrete
+from attnzoo.core.cells import Bound, Geometry, Operand, concrete
 from attnzoo.core.masks.base import mask as pytree
 from attnzoo.core.scores import Bias, Score
 
@@ -179,27 +179,78 @@ class Uniform(Normalised):
 
 
 class Thresholded(Weights):
-    """``w = phi(s - r, u)``, with one threshold u per row at which the weights of the row sum to 1; they grow with u.
+    """``w = weight(s - r, u)``, with one threshold u per row at which the weights of the row sum to 1; they grow with u.
 
-    The reference r is near the largest logit of its row, so that u and phi stay in range. Backends that do not hold rows
-    find u by passes over them (:mod:`attnzoo.core.passes`).
+    The reference r is near the largest logit of its row, so that u and the weights stay in range. Backends that do not hold
+    rows find u by passes over them (:mod:`attnzoo.core.passes`), or in one pass by a kernel that keeps some rows' logits on
+    the chip. That kernel runs ``row`` and ``weight``: elementwise functions of what broadcasts, with no arrays of their own.
     """
 
+    def numbers(self, g: Geometry) -> tuple[Float[Array, "1 N|1 1 1"], ...]:
+        """What the map depends on besides, float32; gradients reach these."""
+        return ()
+
     def reference(self, top: Float[Array, "B N T 1"], slack: float, g: Geometry) -> Float[Array, "B N T 1"]:
-        """r, from a number that is the largest logit of a row, or more by at most ``slack``."""
+        """r, from a number that is the largest logit of a row, or more by at most ``slack``; without slack, that number."""
         raise NotImplementedError
 
     def bracket(self, slack: float, g: Geometry) -> tuple[Array, Array]:
         """Numbers between which u lies, whatever the logits; ``[1, N|1, 1, 1]``."""
         raise NotImplementedError
 
+    def row(self, u: Float[Array, "*B"], *numbers: Array) -> tuple[Float[Array, "*#B"], ...]:
+        """What the weights of a row are made of besides its logits, so that it is computed once per row."""
+        return (u, *numbers)
+
+    def weight(self, x: Float[Array, "*B"], *row: Float[Array, "*#B"]) -> Float[Array, "*B"]:
+        """Weights of ``x = s - r``, in rows of which :meth:`row` says the rest; 0 where x is below -1e30 (hidden cells)."""
+        raise NotImplementedError
+
+    def steepness(self, x: Float[Array, "*B"], *row: Float[Array, "*#B"]) -> Float[Array, "*B"]:
+        """The derivative of :meth:`weight` by u."""
+        raise NotImplementedError
+
     def at(self, r: Float[Array, "B|1 N|1 T|1 1"], u: Float[Array, "B|1 N|1 T|1 1"]) -> Pointwise:
         """The weights for these."""
-        raise NotImplementedError
+        return _AtThreshold(self, r, u)
 
     def slope(self, r: Float[Array, "B N T 1"], u: Float[Array, "B N T 1"]) -> Pointwise:
         """The derivative of the weights by u."""
-        raise NotImplementedError
+        return _AtThreshold(self, r, u, slope=True)
+
+
+@pytree(leaves=("of", "r", "u"))
+class _AtThreshold(Pointwise):
+    """Thresholded weights where reference and threshold of every row are known; slope: their derivative by u instead."""
+
+    of: Thresholded
+    r: Float[Array, "B|1 N|1 T|1 1"]
+    u: Float[Array, "B|1 N|1 T|1 1"]
+    slope: bool = False
+
+    def score(self, g: Geometry) -> Score:
+        f = self.of.steepness if self.slope else self.of.weight
+        return _OfRows(f, (self.r, *self.of.row(self.u, *self.of.numbers(g))))
+
+    def phi(self, s: Array) -> Array:
+        return s
+
+    def __repr__(self) -> str:
+        return repr(self.of)
+
+
+@pytree(leaves=("arrays",))
+class _OfRows(Score):
+    """``f(s - r, *row)`` with ``arrays = (r, *row)``, ``[B|1, N|1, T|1, 1]`` each; hidden logits stay as they are."""
+
+    f: Callable[..., Array]
+    arrays: tuple[Array, ...]
+
+    def bind(self, g: Geometry) -> Bound:
+        def apply(s: Array, c: Any, r: Array, *row: Array) -> Array:
+            return jnp.where(s > HIDDEN, self.f(s - r, *row), s)
+
+        return Bound(tuple(Operand(x, "aligned") for x in self.arrays), apply)
 
 
 class Mixture(Weights):

@@ -34,6 +34,15 @@ QUERIES_BYTES: dict[str, int] = {
     "7x": 16 * 2**20,
 }
 
+#: generation -> bytes on the chip that the logits of a block of queries may take, half of what it has or less.
+HELD_BYTES: dict[str, int] = {
+    "v4": 8 * 2**20,
+    "v5e": 64 * 2**20,
+    "v5p": 48 * 2**20,
+    "v6e": 64 * 2**20,
+    "7x": 32 * 2**20,
+}
+
 
 def blocks() -> tuple[int, int, int, int]:
     """For the generation that kernels are traced for now."""
@@ -48,3 +57,8 @@ def stairs() -> tuple[int, int]:
 def queries_bytes() -> int:
     """For the generation that kernels are traced for now."""
     return QUERIES_BYTES.get(generation() or "", QUERIES_BYTES["v6e"])
+
+
+def held_bytes() -> int:
+    """For the generation that kernels are traced for now."""
+    return HELD_BYTES.get(generation() or "", HELD_BYTES["v6e"])

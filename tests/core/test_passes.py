@@ -54,6 +54,24 @@ def test_softmax_is_a_limit_not_an_edge(qkv):
         np.testing.assert_allclose(a, b, rtol=5e-3, atol=0.05 if name == "alpha" else 2e-3, err_msg=name)
 
 
+def test_the_derivative_of_a_map_over_calls(qkv):
+    """What the equation of a threshold captures is mapped too, whole numbers in a mask among it."""
+    x, lengths = qkv[1], jnp.array([30, 0])
+
+    def loss(x, alpha, backend, **options):
+        def one(x, length):
+            return attention(x, x, x, mask=masks.Lengths(length[None]), weights=Entmax(alpha), backend=backend, **options)
+
+        out = jax.vmap(one)(x[:, None], lengths)
+        return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum()
+
+    alpha = jnp.float32([1.2, 1.5, 2.0])
+    got = jax.grad(functools.partial(loss, backend="blockwise", **SMALL), (0, 1))(x, alpha)
+    want = jax.grad(functools.partial(loss, backend="dense"), (0, 1))(x, alpha)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
 def test_weights_stay_exactly_zero(qkv):
     """Values that only hidden or weightless keys carry must not show."""
     q, k, v = qkv

@@ -195,6 +195,57 @@ def test_caches_and_searches_compile(generation):
         assert temporaries < arguments / 50
 
 
+THRESHOLDS = """
+import json, sys
+import jax, jax.numpy as jnp
+from attnzoo.core import masks, scores
+from attnzoo.core.attention import attention
+from attnzoo.core.entmax import Entmax
+from pallas_kernels import schedule
+from pallas_kernels.tpu.choice import held_bytes
+from pallas_kernels.tpu.launch import compiling_for
+
+generation = sys.argv[1]
+of = jax.ShapeDtypeStruct
+
+def shapes(t, s=None, dtype="bfloat16", heads=4):
+    return [of((1, t, heads, 128), dtype), *(of((1, s or t, 2, 128), dtype),) * 2, of((heads,), "float32"),
+            of((1, 4, 8, 8), "float32")]
+
+def entmax(fixed=None, **arguments):
+    def run(q, k, v, alpha, table):
+        given = {name: f(table) if name == "mask" else f for name, f in arguments.items()}
+        return attention(q, k, v, backend="pallas", weights=Entmax(alpha if fixed is None else fixed), **given)
+    return run
+
+with compiling_for(generation):
+    longest = held_bytes() // (4 * 512)  # of which a row of 512 queries finds room
+CASES = {
+    "alpha per head, causal": (entmax(mask=lambda _: masks.Causal()), shapes(2048)),
+    "alpha 1.5, odd lengths, float32": (entmax(1.5), shapes(640, 1000, "float32")),
+    "alpha 2, score, tiles chosen while running": (
+        entmax(2, mask=lambda t: masks.Blocks(t > 0, 512, 512), score=scores.SoftCap(30.0) >> scores.ALiBi.for_heads(4)),
+        shapes(4096),
+    ),
+    "as long as there is room": (entmax(1.5), shapes(longest)),
+    "longer, fewer queries at a time": (entmax(), shapes(4 * longest)),
+    "decoding": (entmax(), shapes(1, longest, heads=8)),
+    "too long": (entmax(1.5), shapes(4 * longest + 512)),
+}
+for name, (f, arguments) in CASES.items():
+    text = schedule.compiled(generation, f, arguments).as_text()
+    print(json.dumps([name, "attnzoo_thresholds" in text]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_searches_on_the_chip_compile(generation):
+    lines = run(THRESHOLDS, generation)
+    assert len(lines) == 7
+    for name, held in lines:
+        assert held == (name != "too long"), name
+
+
 SHARDED = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np

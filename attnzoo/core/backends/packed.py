@@ -40,10 +40,10 @@ def packed_bound(bound: Bound, g: Geometry, *, score: bool = False) -> Bound:
         h = kh * group + lax.div(row, jnp.full_like(row, length))
         return bound.apply(*x, b, h, lax.rem(row, jnp.full_like(row, length)), s, *parts)
 
-    return Bound(tuple(Operand(_packed_array(op, g), "aligned") for op in bound.operands), apply)
+    return Bound(tuple(Operand(packed_array(op, g), "aligned") for op in bound.operands), apply)
 
 
-def _packed_array(op: Operand, g: Geometry) -> Any:
+def packed_array(op: Operand, g: Geometry) -> Any:
     """``[B|1, N|1, T|1, S|1]`` as ``[B|1, K|1, rows|1, S|1]``; other kinds have an entry per cell, there are few."""
     x = _by_cell(op, g)
     batch, heads, length, keys = x.shape

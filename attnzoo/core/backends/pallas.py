@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,10 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from attnzoo.core.backends.fused import gpu, tpu
 from attnzoo.core.backends.fused.problem import hide_padding, operands
-from attnzoo.core.backends.packed import packed_bound, packed_geometry, packed_queries, packed_state, packs, unpacked
+from attnzoo.core.backends.packed import (
+    packed_array,
+    packed_bound,
+    packed_geometry,
+    packed_queries,
+    packed_state,
+    packs,
+    unpacked,
+)
 from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.backends.result import Result
 from attnzoo.core.backends.split import joined, runs, split
@@ -51,9 +61,13 @@ def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
         plan = _plan(r)
     except (ValueError, NotElementwise) as e:
         return str(e)
+    return kernels.refusal(_outline(r, plan), r.geometry if plan.packed else None, rectangle)
+
+
+def _outline(r: Request, plan: _Plan) -> Part:
+    """The whole call, without the contents of its queries."""
     abstract: Any = jax.eval_shape(lambda q: packed_queries(q, r.geometry) if plan.packed else q, r.q)
-    part = _part(r, plan, _Arrays(abstract, r.k, r.v, (), (), plan.state, None, None, None), plan.mask, plan.score)
-    return kernels.refusal(part, r.geometry if plan.packed else None, rectangle)
+    return _part(r, plan, _Arrays(abstract, r.k, r.v, (), (), plan.state), plan.mask, plan.score)
 
 
 def reads_pages(r: Request) -> bool:
@@ -172,13 +186,14 @@ def whole(r: Request, bm: BlockMap) -> Part:
 def _scaled(r: Request, score: Bound | None) -> Any:
     from pallas_kernels.tpu.problem import LOG2E
 
-    base2 = score is None and not isinstance(r.weights, Pointwise)
+    base2 = score is None and isinstance(r.weights, Normalised)
     return (r.q.astype(jnp.float32) * r.scale * (LOG2E if base2 else 1.0)).astype(r.q.dtype)
 
 
 class _Arrays(NamedTuple):
     """What a device needs of a call; ``state`` is None where it is the same for all and known. origin: batch row, head, query
-    and key at which the device's part begins. value_scale ``[B, S, K]``: of 8-bit values, a number per token."""
+    and key at which the device's part begins. value_scale ``[B, S, K]``: of 8-bit values, a number per token. numbers
+    ``[B|1, N|1, T|1, 1]``: of weights whose thresholds are to be found."""
 
     q: Any
     k: Any
@@ -186,31 +201,18 @@ class _Arrays(NamedTuple):
     mask: tuple[Any, ...]
     score: tuple[Any, ...]
     state: Any
-    seed: Any
-    origin: Any
-    value_scale: Any
+    seed: Any = None
+    origin: Any = None
+    value_scale: Any = None
+    numbers: tuple[Any, ...] = ()
 
 
 def run(r: Request) -> Result:
     r = _folded(r)
     plan, scale = _plan(r), r.scales[1]
     each = scale if scale is not None and by_token(scale) else None
-    same = isinstance(plan.state, np.ndarray) and plan.state.shape[:2] == (1, 1)
-    arrays = _Arrays(
-        _scaled(r, plan.score),
-        r.k,
-        r.v,
-        tuple(jnp.asarray(op.x) for op in operands(plan.mask)),
-        tuple(jnp.asarray(op.x) for op in operands(plan.score)),
-        None if same else plan.state,
-        None if r.dropout is None else r.dropout.seed,
-        jnp.zeros(4, jnp.int32),
-        None if each is None else jnp.broadcast_to(each[..., 0], r.v.shape[:3]),
-    )
-    if plan.packed:
-        arrays = arrays._replace(q=packed_queries(arrays.q, r.geometry))
-    divided = division(r.geometry)
-    out, lse = _local(r, plan, arrays) if divided is None else _on_mesh(r, plan, arrays, *divided)
+    arrays = _arrays(r, plan)._replace(value_scale=None if each is None else jnp.broadcast_to(each[..., 0], r.v.shape[:3]))
+    out, lse = _everywhere(r, plan, arrays, _local)
     if plan.packed:
         out, lse = unpacked(out, r.geometry), unpacked(lse, r.geometry)
     final = None
@@ -222,7 +224,77 @@ def run(r: Request) -> Result:
     return Result(out, final)
 
 
-def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) -> tuple[Any, Any]:
+def thresholds(r: Request, search: Any) -> tuple[Array, Array] | None:
+    """Reference and threshold of every row of thresholded weights, ``[B, N, T, 1]``, by one pass over the keys.
+
+    search: ``(f, low, high) -> u`` with f(u) = 1, for an f that grows. None where the kernels cannot: the logits of a row of
+    tiles must find room on the chip. Has no derivative.
+    """
+    weights, kernels, g = r.weights, _kernels(), r.geometry
+    assert isinstance(weights, Thresholded)
+    if kernels is None or not kernels.HOLDS_ROWS:
+        return None
+    numbers = (*weights.bracket(0.0, g), *weights.numbers(g))
+    if outside(lambda x, u, *more: weights.weight(x, *weights.row(u, *more)), len(numbers)) is not None:
+        return None
+    r = dataclasses.replace(r, dropout=None)
+    held = _held(r, kernels)
+    if held is None:
+        return None
+    plan, slots = held
+    if plan.packed:
+        numbers = tuple(packed_array(Operand(x, "aligned"), g) for x in numbers)
+
+    def local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
+        return kernels.thresholds(_here(r, plan, x), search, x.numbers, slots)
+
+    found = _everywhere(r, plan, lax.stop_gradient(_arrays(r, plan)._replace(numbers=numbers)), local)
+    top, u = (unpacked(x, g) for x in found) if plan.packed else found
+    return top[..., None], u[..., None]
+
+
+def _held(r: Request, kernels: ModuleType) -> tuple[_Plan, int] | None:
+    """A plan whose rows of tiles find room on the chip, and how many tiles the longest has: with as many queries as can be.
+
+    Tiles of fewer queries have more keys, so that lists of tiles, which are in scalar memory, are no longer for it.
+    """
+    block_q, block_k = block_sizes(r, r.geometry.queries, r.geometry.keys)
+    while block_q % 128 == 0:
+        plan = _plan(dataclasses.replace(r, block_sizes=(block_q, block_k)))
+        known = isinstance(plan.state, np.ndarray)
+        slots = max(1, int((plan.state > 0).sum(-1).max())) if known else plan.state.shape[-1]
+        packed = r.geometry if plan.packed else None
+        if kernels.rows_fit(slots, plan.block_q, plan.block_k) and kernels.refusal(_outline(r, plan), packed, None) is None:
+            return plan, slots
+        block_q, block_k = block_q // 2, block_k * 2
+    return None
+
+
+def _arrays(r: Request, plan: _Plan) -> _Arrays:
+    same = isinstance(plan.state, np.ndarray) and plan.state.shape[:2] == (1, 1)
+    q = _scaled(r, plan.score)
+    return _Arrays(
+        packed_queries(q, r.geometry) if plan.packed else q,
+        r.k,
+        r.v,
+        tuple(jnp.asarray(op.x) for op in operands(plan.mask)),
+        tuple(jnp.asarray(op.x) for op in operands(plan.score)),
+        None if same else plan.state,
+        None if r.dropout is None else r.dropout.seed,
+        jnp.zeros(4, jnp.int32),
+    )
+
+
+Local = Callable[[Request, _Plan, _Arrays], tuple[Any, Any]]
+"""What a device does with the rows and heads that are here: two results ``[B, N, T, ...]``."""
+
+
+def _everywhere(r: Request, plan: _Plan, arrays: _Arrays, local: Local) -> tuple[Any, Any]:
+    divided = division(r.geometry)
+    return local(r, plan, arrays) if divided is None else _on_mesh(r, plan, arrays, local, *divided)
+
+
+def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, local: Local, mesh: Any, axes: Axes) -> tuple[Any, Any]:
     """Each device computes its own batch rows and heads; nothing is communicated."""
     b, h = axes.batch or None, axes.heads or None
 
@@ -232,28 +304,33 @@ def _on_mesh(r: Request, plan: _Plan, arrays: _Arrays, mesh: Any, axes: Axes) ->
     state = None if arrays.state is None else jnp.asarray(arrays.state)
     tokens = P(b, None, h)  # quantized values do not come here
     where = None if state is None else operand_spec(Operand(state, "blocks"), axes)
-    given = _Arrays(
-        tokens, tokens, tokens, specs(plan.mask), specs(plan.score), where, None if arrays.seed is None else P(), P(), None
-    )
+    numbers = tuple(operand_spec(Operand(x, "aligned"), axes) for x in arrays.numbers)
+    seed = None if arrays.seed is None else P()
+    given = _Arrays(tokens, tokens, tokens, specs(plan.mask), specs(plan.score), where, seed, P(), None, numbers)
 
-    def local(arrays: _Arrays) -> tuple[Any, Any]:
+    def here(arrays: _Arrays) -> tuple[Any, Any]:
         rows, _, heads, _ = arrays.q.shape
         start = [lax.axis_index(names) * n if names else 0 for names, n in ((b, rows), (h, heads))]
-        return _local(r, plan, arrays._replace(origin=jnp.asarray([*start, 0, 0], jnp.int32)))
+        return local(r, plan, arrays._replace(origin=jnp.asarray([*start, 0, 0], jnp.int32)))
 
-    divided = jax.shard_map(local, mesh=mesh, in_specs=(given,), out_specs=(P(b, h), P(b, h)), check_vma=False)
+    divided = jax.shard_map(here, mesh=mesh, in_specs=(given,), out_specs=(P(b, h), P(b, h)), check_vma=False)
     return divided(arrays._replace(state=state))
 
 
-def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
-    """``out [B, N, T, Hv]`` and ``lse [B, N, T]`` of the rows and heads that are here."""
+def _here(r: Request, plan: _Plan, x: _Arrays) -> Part:
+    """The part of the call whose arrays are here."""
     mask, score = (
         None if bound is None else bound._replace(
             operands=tuple(dataclasses.replace(op, x=here) for op, here in zip(bound.operands, xs, strict=True))
         )
         for bound, xs in ((plan.mask, x.mask), (plan.score, x.score))
     )  # fmt: skip
-    part, kernels = _part(r, plan, x, mask, score), _kernels()
+    return _part(r, plan, x, mask, score)
+
+
+def _local(r: Request, plan: _Plan, x: _Arrays) -> tuple[Any, Any]:
+    """``out [B, N, T, Hv]`` and ``lse [B, N, T]`` of the rows and heads that are here."""
+    part, kernels = _here(r, plan, x), _kernels()
     assert kernels is not None
     if not plan.packed:
         return attend_part(part)

@@ -14,6 +14,7 @@ from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.cells import Geometry
 
 READS_NARROW = False
+HOLDS_ROWS = False
 DTYPES = ("bfloat16", "float16")
 
 

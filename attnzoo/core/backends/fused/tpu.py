@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,14 @@ from attnzoo.core.backends.fused.problem import call_of, mask_operands, operands
 from attnzoo.core.backends.part import Part, PartGradients
 from attnzoo.core.backends.turns import MOST_TURNS, Turn, attend_in_turns, gradients_in_turns, turns
 from attnzoo.core.cells import Geometry
+from attnzoo.core.weights import Thresholded
+
+Search = Callable[[Callable[[Any], Any], Any, Any], Any]
+"""``(f, low, high) -> u`` with f(u) = 1, for an f that grows."""
 
 DTYPES = ("float32", "bfloat16")
 READS_NARROW = True
+HOLDS_ROWS = True
 
 
 def there() -> bool:
@@ -128,15 +134,60 @@ def _gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
     return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
 
 
+def rows_fit(slots: int, block_q: int, block_k: int) -> bool:
+    """Whether the logits of a block of queries and so many tiles of keys find room on the chip."""
+    from pallas_kernels.tpu.choice import held_bytes
+    from pallas_kernels.tpu.threshold import bytes_of
+
+    return bytes_of(slots, block_q, block_k) <= held_bytes()
+
+
+def thresholds(part: Part, search: Search, numbers: Sequence[Any], slots: int) -> tuple[Any, Any]:
+    """Reference and threshold ``[B, N, T]`` of the rows of a part with thresholded weights. numbers: the bounds of the search,
+    then what the weights depend on, ``[B|1, N|1, T|1, 1]``; slots: tiles that a row of tiles has at most."""
+    from pallas_kernels.tpu import threshold
+    from pallas_kernels.tpu.flash import Inputs
+    from pallas_kernels.tpu.jobs import make_jobs
+    from pallas_kernels.tpu.problem import laid_out, layout_of
+
+    assert isinstance(part.weights, Thresholded)
+    problem, state = _sized(part, None)
+    layouts = tuple(layout_of(x, False) for x in numbers)
+    equation = threshold.Equation(
+        part.weights.row, part.weights.weight, search,
+        tuple(laid_out(problem, x, layout) for x, layout in zip(numbers, layouts, strict=True)), layouts,
+    )  # fmt: skip
+    score = (laid_out(problem, op.x, layout) for op, layout in zip(operands(part.score), problem.score_layouts, strict=True))
+    q, k = _queries_and_keys(part, problem)
+    inputs = Inputs(q, k, None, tuple(score), mask_operands(part, problem), call_of(part), pages_of(part))
+    lists = make_jobs(state.reshape(-1, *state.shape[2:]), problem.kinds)
+    found = threshold.thresholds(problem, lists, slots, inputs, equation)
+    return tuple(x[:, :, 0, : problem.queries] for x in found)  # type: ignore[return-value]
+
+
+def _sized(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
+    """The kernels' problem in the pieces that this generation takes, and the states of its tiles."""
+    from pallas_kernels.tpu.choice import blocks
+
+    rows, columns = blocks()[2:]
+    bm = part.block_map
+    return problem_of(part, packed, _divisor(bm.block_q, rows), _divisor(bm.block_k, columns))
+
+
+def _queries_and_keys(part: Part, problem: Any) -> tuple[Any, Any]:
+    """``[B, N, T, H]`` and ``[B, K, S, H]``, padded to whole blocks; pages are whole ones."""
+    rows, columns = problem.padded
+    return _by_heads(part.q, rows), _by_heads(part.k, columns if part.pages is None else part.k.shape[1])
+
+
 def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]:
     """The kernels' problem, and ``(q, k, v, score operands, the rest)`` as they take them."""
     from pallas_kernels.tpu.attend import Lists, column_lists
-    from pallas_kernels.tpu.choice import blocks, stairs
+    from pallas_kernels.tpu.choice import stairs
     from pallas_kernels.tpu.jobs import make_jobs, with_stairs
 
     bm = part.block_map
-    rows, columns = blocks()[2:]
-    problem, state = problem_of(part, packed, _divisor(bm.block_q, rows), _divisor(bm.block_k, columns))
+    problem, state = _sized(part, packed)
     problem = dataclasses.replace(problem, keys_are_values=part.v is part.k)
     ahead = None if part.mask is None else part.mask.ahead
     if ahead is not None and _cut_along_diagonals(ahead, problem, stairs()):
@@ -144,9 +195,8 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
         state = with_stairs(state, ahead // bm.block_q)
     by_column, kinds_of = column_lists(problem, state)
     lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:]), problem.kinds), by_column, kinds_of)
-    padded = problem.padded
-    keys = padded[1] if part.pages is None else part.k.shape[1]
-    q, k = _by_heads(part.q, padded[0]), _by_heads(part.k, keys)
+    q, k = _queries_and_keys(part, problem)
+    keys = k.shape[2]
     v = None if problem.keys_are_values else _by_heads(part.v, keys)
     value_scale = None
     if part.value_scale is not None:
