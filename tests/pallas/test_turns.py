@@ -43,6 +43,9 @@ CASES = {
         },
         BY_QUERY, 3, 2,
     ),
+    "rows of tiles, by query": (
+        lambda x: {"mask": masks.Causal(), "score": lambda s, b, h, q, k: s * x[h, q]}, BY_QUERY, 3, 2
+    ),
     "blocks of several tiles": (lambda x: {"mask": masks.Blocks(x, 256, 128)}, ROWS_OF_BLOCKS, 5, 3),
     "everything": (lambda x: {"mask": masks.Blocks(x, 128, 128), "score": scored(BY_DISTANCE)}, CHOSEN, 12, 8),
 }  # fmt: skip
@@ -93,20 +96,21 @@ def check(name, room):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-SLOW = ("a key head at a time", "rows of tiles, by query, dropout", "everything")
+QUICK = ("lists of their own for batch rows and heads", "rows of tiles, by query")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in SLOW])
+@pytest.mark.parametrize("name", QUICK)
 def test_the_same_in_turns(name, room):
     check(name, room)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
 def test_more_turns(name, room):
     check(name, room)
 
 
+@pytest.mark.slow
 def test_gradients_of_bfloat16_in_turns(room):
     """Keys that two turns share have gradients about as near to the exact ones as those of one call are."""
     arguments = lambda _: {"mask": masks.Causal()}  # noqa: E731
@@ -124,6 +128,7 @@ def test_gradients_of_bfloat16_in_turns(room):
         assert worst(a, exact) < 1.5 * worst(b, exact) < 0.1
 
 
+@pytest.mark.slow
 def test_stairs_in_turns(room, monkeypatch):
     """What begins further down begins further down the diagonal too."""
     monkeypatch.setattr(choice, "STAIRS", dict.fromkeys(choice.STAIRS, (64, 64)))

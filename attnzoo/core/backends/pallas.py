@@ -263,8 +263,8 @@ def _held(r: Request, kernels: ModuleType) -> tuple[_Plan, int] | None:
         plan = _plan(dataclasses.replace(r, block_sizes=(block_q, block_k)))
         known = isinstance(plan.state, np.ndarray)
         slots = max(1, int((plan.state > 0).sum(-1).max())) if known else plan.state.shape[-1]
-        packed = r.geometry if plan.packed else None
-        if kernels.rows_fit(slots, plan.block_q, plan.block_k) and kernels.refusal(_outline(r, plan), packed, None) is None:
+        part, packed = _outline(r, plan), r.geometry if plan.packed else None
+        if kernels.rows_fit(part, slots) and kernels.refusal(part, packed, None) is None:
             return plan, slots
         block_q, block_k = block_q // 2, block_k * 2
     return None

@@ -134,12 +134,14 @@ def _gradients(part: Part, lse: Any, d_out: Any, delta: Any) -> PartGradients:
     return PartGradients(dq, dk, dv, [None if d.dtype == jax.dtypes.float0 else d for d in d_score])
 
 
-def rows_fit(slots: int, block_q: int, block_k: int) -> bool:
-    """Whether the logits of a block of queries and so many tiles of keys find room on the chip."""
+def rows_fit(part: Part, slots: int) -> bool:
+    """Whether the logits of a block of queries and so many tiles of keys find room on the chip, and all lists at once."""
     from pallas_kernels.tpu.choice import held_bytes
     from pallas_kernels.tpu.threshold import bytes_of
 
-    return bytes_of(slots, block_q, block_k) <= held_bytes()
+    bm = part.block_map
+    order = _order(part, bm.state.shape)
+    return bytes_of(slots, bm.block_q, bm.block_k) <= held_bytes() and order is not None and len(order) == 1
 
 
 def thresholds(part: Part, search: Search, numbers: Sequence[Any], slots: int) -> tuple[Any, Any]:
