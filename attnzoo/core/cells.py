@@ -91,13 +91,14 @@ class Bound(NamedTuple):
 
     Masks: ``apply(cells, *parts) -> bool`` broadcastable to the rectangle. Scores: ``apply(s, cells, *parts) -> s``.
     The function holds no arrays of its own; all of them are in ``operands`` (in the order of ``parts``).
-    ahead, of masks: row t sees no column beyond t + ahead; None where that is not known. It is of whole calls alone: a part
-    that begins at another row or column is bound anew.
+    ahead, behind, of masks: row t sees no column beyond t + ahead, and none before t - behind; None where that is not known.
+    They are of whole calls alone: a part that begins at another row or column is bound anew.
     """
 
     operands: tuple[Operand, ...]
     apply: Callable[..., Any]
     ahead: int | None = None
+    behind: int | None = None
 
 
 class Tile(NamedTuple):

@@ -114,7 +114,7 @@ def hoist(bound: Bound, g: Geometry, what: str, *, score: bool = False) -> Bound
         x, (b, h, t, s, *parts) = (arguments[0], arguments[1:]) if score else (None, arguments)
         return _evaluate(out, {"x": x, "b": b, "h": h, "t": t, "s": s}, parts, place, at_border)
 
-    return Bound((*(operands[i] for i in kept), *hoisted), apply, bound.ahead)
+    return Bound((*(operands[i] for i in kept), *hoisted), apply, bound.ahead, bound.behind)
 
 
 def outside(f: Callable[..., Any], count: int = 1) -> str | None:

@@ -18,14 +18,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu import jobs
-from pallas_kernels.tpu.jobs import FULL, SKIP, STAIRS, Jobs
+from pallas_kernels.tpu.jobs import Jobs
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.online import Online
 from pallas_kernels.tpu.problem import (
     HIDDEN,
     HIDDEN_BELOW,
+    Cut,
     Piece,
     Problem,
+    branches,
     dot,
     operand_spec,
     pieces,
@@ -193,12 +195,13 @@ def _forward_kernel(p: Problem, tiles: Jobs, scaled: bool, words: Any, count: An
         else:
             online.acc[rows] += add
 
-    def tile(kind: int) -> None:
-        work = pieces(p, jobs.major(word), jobs.minor(word), call, sideways=False, stairs=kind == STAIRS)
-        work_through(work, product, functools.partial(absorb, kind != FULL))
+    i, j = jobs.major(word), jobs.minor(word)
 
-    for kind in tiles.kinds - {SKIP}:
-        pl.when(live & (jobs.kind(word) == kind))(functools.partial(tile, kind))
+    def tile(cut: Cut, masked: bool) -> None:
+        work_through(pieces(p, i, j, call, False, cut), product, functools.partial(absorb, masked))
+
+    for chosen, cells, masked in branches(p, tiles.kinds, jobs.kind(word), i, j):
+        pl.when(live & chosen)(functools.partial(tile, cells, masked))
 
     @pl.when(live & (jobs.last(word) == 1))
     def _() -> None:

@@ -23,9 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import jobs
 from pallas_kernels.tpu.choice import ROWS_WITH_QUERIES, queries_bytes
 from pallas_kernels.tpu.flash import Inputs, cost, specs
-from pallas_kernels.tpu.jobs import FULL, SKIP, STAIRS, Jobs
+from pallas_kernels.tpu.jobs import Jobs
 from pallas_kernels.tpu.launch import launch
-from pallas_kernels.tpu.problem import LANES, LOG2E, Piece, Problem, dot, pieces, row_maps, work_through
+from pallas_kernels.tpu.problem import LANES, LOG2E, Cut, Piece, Problem, branches, dot, pieces, row_maps, work_through
 from pallas_kernels.tpu.recompute import weights_again
 
 
@@ -175,12 +175,13 @@ def _dkv_kernel(p: Problem, tiles: Jobs, mine: list[int], which: Any, by_head: b
         for n, ref in numbers:
             ref[0, g] += given[n]
 
-    def tile(kind: int) -> None:
-        work = pieces(p, jobs.minor(word), jobs.major(word), call, sideways=True, stairs=kind == STAIRS)
-        work_through(work, product, functools.partial(absorb, kind != FULL))
+    i, j = jobs.minor(word), jobs.major(word)
 
-    for kind in tiles.kinds - {SKIP}:
-        pl.when(live & (kind_here == kind))(functools.partial(tile, kind))
+    def tile(cut: Cut, masked: bool) -> None:
+        work_through(pieces(p, i, j, call, True, cut), product, functools.partial(absorb, masked))
+
+    for chosen, cells, masked in branches(p, tiles.kinds, kind_here, i, j):
+        pl.when(live & chosen)(functools.partial(tile, cells, masked))
 
     @pl.when(live & (jobs.last(word) == 1) & (g == p.group - 1))
     def _() -> None:

@@ -15,14 +15,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import jobs
 from pallas_kernels.tpu.flash import Inputs, cost, current, row_place, specs
-from pallas_kernels.tpu.jobs import FULL, SKIP, STAIRS, Jobs
+from pallas_kernels.tpu.jobs import Jobs
 from pallas_kernels.tpu.launch import launch
 from pallas_kernels.tpu.problem import (
     LANES,
     LOG2E,
+    Cut,
     Piece,
     Problem,
     add_band,
+    branches,
     dot,
     operand_spec,
     pieces,
@@ -159,12 +161,13 @@ def _dq_kernel(
             else:
                 add_band(p, ref, at, given[n])
 
-    def tile(kind: int) -> None:
-        work = pieces(p, jobs.major(word), jobs.minor(word), call, sideways=False, stairs=kind == STAIRS)
-        work_through(work, product, functools.partial(absorb, kind != FULL))
+    i, j = jobs.major(word), jobs.minor(word)
 
-    for kind in tiles.kinds - {SKIP}:
-        pl.when(live & (jobs.kind(word) == kind))(functools.partial(tile, kind))
+    def tile(cut: Cut, masked: bool) -> None:
+        work_through(pieces(p, i, j, call, False, cut), product, functools.partial(absorb, masked))
+
+    for chosen, cells, masked in branches(p, tiles.kinds, jobs.kind(word), i, j):
+        pl.when(live & chosen)(functools.partial(tile, cells, masked))
 
     @pl.when(live & (jobs.last(word) == 1))
     def _() -> None:

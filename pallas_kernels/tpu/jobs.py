@@ -1,9 +1,9 @@
 """Which tiles a kernel visits, as lists of packed words in scalar memory.
 
 A word is one tile: what kind it is, whether it is the first or last of its row of tiles, and where it lies. Kinds are FULL,
-PARTIAL, and STAIRS for a partial one in which nothing above its own diagonal is visible. Rows without tiles get one word of
-kind SKIP, so that every row of the result is written. The same code makes the lists before the program is traced (numpy
-states) or while it runs (JAX states).
+PARTIAL, and STAIRS for a partial one in which nothing is visible on one side of its own diagonal; where it lies says on which.
+Rows without tiles get one word of kind SKIP, so that every row of the result is written. The same code makes the lists before
+the program is traced (numpy states) or while it runs (JAX states).
 """
 
 from __future__ import annotations
@@ -69,12 +69,13 @@ def make_jobs(state: Any, kinds: frozenset[int] = frozenset((SKIP, PARTIAL, FULL
     return Jobs(word.ravel(), count, count.max(), major * minor, kinds)
 
 
-def with_stairs(state: Any, blocks_ahead: int) -> Any:
-    """States of square tiles ``[..., rows, columns]`` in which the partial ones on the diagonal ``column = row + blocks_ahead``
-    are stairs."""
+def with_stairs(state: Any, near: int | None, far: int | None) -> Any:
+    """States of square tiles ``[..., rows, columns]`` in which the partial ones on the diagonals ``column = row + near``
+    (nothing is visible above their own) and ``column = row - far`` (nothing below) are stairs."""
     xp = np if isinstance(state, np.ndarray) else jnp
     rows, columns = state.shape[-2:]
-    on = np.arange(columns) == np.arange(rows)[:, None] + blocks_ahead
+    beyond = np.arange(columns) - np.arange(rows)[:, None]
+    on = np.isin(beyond, [n for n in (near, None if far is None else -far) if n is not None])
     return xp.where(on & (state == PARTIAL), np.asarray(STAIRS, state.dtype), state)
 
 

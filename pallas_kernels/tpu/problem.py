@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ class Problem:
     for softmax; keep: ``(seed0, seed1, b, h, t, s) -> factor``, dropout. All are elementwise on what broadcasts to a tile.
     rows, columns: a tile is worked through in pieces of this size.
     per_batch, per_head: whether the lists of tiles differ by batch row and head.
-    stair: queries of a piece of a tile that the mask cuts along its diagonal, where there are such tiles.
+    stair: queries of a piece of a tile that the mask cuts along its diagonal, where there are such tiles. near, far: these are
+        the partial ones of which column - row = near (nothing is visible above their diagonal) or row - column = far (below).
     page_blocks: 0, or k and v come as pools of pages, of so many blocks each, that batch rows name in order (TPU).
     keys_by_head: whether k and v come as ``[B, K, S, ·]``, the order of caches, and not as ``[B, S, K, ·]`` (GPU).
     keys_are_values: whether k is v too, as latents are, and is read once (TPU, forward).
@@ -67,6 +68,8 @@ class Problem:
     per_batch: bool
     per_head: bool
     stair: int | None = None
+    near: int | None = None
+    far: int | None = None
     page_blocks: int = 0
     keys_by_head: bool = False
     keys_are_values: bool = False
@@ -228,18 +231,33 @@ class Piece(NamedTuple):
         return t, s
 
 
-def pieces(p: Problem, i: Any, j: Any, call: Any, sideways: bool, stairs: bool = False) -> list[Piece]:
-    """A tile's pieces, keys outermost: neighbours are of different rows, so that one's products overlap another's softmax.
+Cut = Literal["whole", "below", "above"]
+"""Which cells of a tile are computed: all, or about those on and below its diagonal, or above."""
 
-    stairs: those of a tile in which nothing above its own diagonal is visible: each row of pieces ends there.
-    """
-    if stairs:
+
+def branches(p: Problem, kinds: frozenset[int], kind: Any, i: Any, j: Any) -> Iterator[tuple[Any, Cut, bool]]:
+    """What may be done to tile (i, j) of some kind: when, to which of its cells, and whether the mask is asked."""
+    if FULL in kinds:
+        yield kind == FULL, "whole", False
+    if PARTIAL in kinds:
+        yield kind == PARTIAL, "whole", True
+    if STAIRS in kinds and p.near is not None:
+        yield (kind == STAIRS) & (j - i == p.near), "below", True
+    if STAIRS in kinds and p.far is not None:
+        yield (kind == STAIRS) & (i - j == p.far), "above", True
+
+
+def pieces(p: Problem, i: Any, j: Any, call: Any, sideways: bool, cut: Cut = "whole") -> list[Piece]:
+    """The pieces of some cells of a tile, keys outermost: neighbours are of different rows, so that one's products overlap
+    another's softmax. Cut along the diagonal, each row of pieces is one that ends or begins there."""
+    if cut != "whole":
         assert p.stair is not None
-        cut = [(r, 0, p.stair, r + p.stair) for r in range(0, p.block_q, p.stair)]
+        steps = range(0, p.block_q, p.stair)
+        at = [(r, 0, p.stair, r + p.stair) if cut == "below" else (r, r, p.stair, p.block_k - r) for r in steps]
     else:
-        cut = [(r, c, p.rows, p.columns) for c in range(0, p.block_k, p.columns) for r in range(0, p.block_q, p.rows)]
+        at = [(r, c, p.rows, p.columns) for c in range(0, p.block_k, p.columns) for r in range(0, p.block_q, p.rows)]
     origin = call[4], call[5]
-    return [Piece(r, c, rows, columns, i * p.block_q + r, j * p.block_k + c, sideways, origin) for r, c, rows, columns in cut]
+    return [Piece(r, c, rows, columns, i * p.block_q + r, j * p.block_k + c, sideways, origin) for r, c, rows, columns in at]
 
 
 def work_through(work: list[Any], product: Callable[[Any], Any], absorb: Callable[[Any, Any], None]) -> None:

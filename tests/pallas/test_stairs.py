@@ -34,7 +34,20 @@ CASES = {
     "a number by key": (lambda x: {"mask": masks.Causal(), "score": lambda s, b, h, q, k: s + x[k]}, BY_KEY, True),
     "a number by query": (lambda x: {"mask": masks.Causal(), "score": lambda s, b, h, q, k: s * x[q]}, BY_QUERY, True),
     "a number by cell": (lambda x: {"mask": masks.Causal(), "bias": x}, BY_CELL, False),
-    "three ahead": (lambda x: {"mask": masks.Causal(3)}, None, False),
+    "three ahead": (lambda x: {"mask": masks.Causal(3)}, None, True),
+    "the last 400": (lambda x: {"mask": masks.Causal() & masks.SlidingWindow(400)}, None, True),
+    "fewer than 256 away on both sides": (lambda x: {"mask": masks.SlidingWindow(256)}, None, True),
+    "windows by head, chosen while running": (
+        lambda x: {"mask": masks.Blocks(x, 256, 256) & masks.SlidingWindow(300), "score": lambda s, b, h, q, k: s + q},
+        CHOSEN,
+        True,
+    ),
+    "two windows": (
+        lambda x: {"mask": masks.SlidingWindow(100) & masks.Causal() | masks.Causal(-200) & masks.SlidingWindow(257)},
+        None,
+        True,
+    ),
+    "a window and sinks": (lambda x: {"mask": masks.SlidingWindow(256) | masks.Sinks(3)}, None, False),
     "positions": (lambda x: {"mask": masks.Causal(), "q_positions": x, "kv_positions": x}, jnp.arange(T) * 2, False),
 }
 
@@ -58,9 +71,9 @@ def test_the_same_with_stairs(name, monkeypatch):
     monkeypatch.setattr(choice, "STAIRS", dict.fromkeys(choice.STAIRS, (128, 128)))
     asked = []
 
-    def pieces(*args, stairs=False, **options):
-        asked.append(stairs)
-        return problem.pieces(*args, stairs=stairs, **options)
+    def pieces(*args):
+        asked.append(args[-1] != "whole")
+        return problem.pieces(*args)
 
     for module in ("flash", "flash_dq", "flash_dkv"):
         monkeypatch.setattr(f"pallas_kernels.tpu.{module}.pieces", pieces)
@@ -73,38 +86,49 @@ def test_the_same_with_stairs(name, monkeypatch):
 
 def test_a_causal_mask_has_no_other_partial_tiles():
     state = masks.Causal().block_map(4096).state
-    made = jobs.make_jobs(jobs.with_stairs(state, 0)[0])
+    made = jobs.make_jobs(jobs.with_stairs(state, 0, None)[0])
     assert made.kinds == {jobs.SKIP, jobs.STAIRS, jobs.FULL}
     assert (jobs.kind(made.words.reshape(made.count.size, -1)[0, : made.count[0]]) == jobs.STAIRS).sum() == 8
 
 
+def test_a_window_of_whole_tiles_has_no_other_partial_tiles():
+    state = (masks.Causal() & masks.SlidingWindow(1025)).block_map(4096).state
+    made = jobs.make_jobs(jobs.with_stairs(state, 0, 2)[0])
+    assert jobs.PARTIAL not in made.kinds
+    assert made.steps == 8 + 7 + 6
+
+
 @pytest.mark.parametrize("stair", [128, 256])
-def test_stairs_hold_every_cell_on_and_below_the_diagonal(stair):
+def test_stairs_hold_every_cell_on_their_side_of_the_diagonal(stair):
     p = problem.Problem(1, 1, 1, 512, 512, 512, 512, 512, 512, None, (), None, (), None, None, False, False, stair)
-    seen = np.zeros((512, 512), int)
-    for at in problem.pieces(p, 0, 0, np.zeros(6, int), False, stairs=True):
-        seen[at.row : at.row + at.rows, at.column : at.column + at.columns] += 1
-    assert seen.max() == 1
-    assert seen[np.tril_indices(512)].all()
-    assert seen.sum() == 512 * (512 + stair) // 2
+    for cut, side in (("below", np.tril_indices(512)), ("above", np.triu_indices(512))):
+        seen = np.zeros((512, 512), int)
+        for at in problem.pieces(p, 0, 0, np.zeros(6, int), False, cut):
+            seen[at.row : at.row + at.rows, at.column : at.column + at.columns] += 1
+        assert seen.max() == 1
+        assert seen[side].all()
+        assert seen.sum() == 512 * (512 + stair) // 2
 
 
 @pytest.mark.parametrize(
-    ("mask", "ahead"),
+    ("mask", "ahead", "behind"),
     [
-        (masks.Causal(), 0),
-        (masks.Causal(2) & masks.Causal(-1) & masks.SlidingWindow(4), -1),
-        (masks.Causal(2) | masks.Causal(-1), 2),
-        (masks.Causal() | masks.Sinks(3), None),
-        (~masks.Causal(), None),
-        (masks.Causal(jnp.asarray(1)), None),
-        (masks.Instead(masks.Causal()), 0),
+        (masks.Causal(), 0, None),
+        (masks.Causal(2) & masks.Causal(-1) & masks.SlidingWindow(4), -1, 3),
+        (masks.Causal(2) | masks.Causal(-1), 2, None),
+        (masks.Causal(2) & masks.SlidingWindow(5) | masks.SlidingWindow(2), 2, 4),
+        (masks.Causal() | masks.Sinks(3), None, None),
+        (masks.SlidingWindow(3) | masks.Sinks(3), None, None),
+        (~masks.Causal(), None, None),
+        (masks.Causal(jnp.asarray(1)), None, None),
+        (masks.Instead(masks.Causal() & masks.SlidingWindow(7)), 0, 6),
     ],
 )
-def test_how_far_ahead_a_mask_sees(mask, ahead):
-    g = Geometry(1, 1, 1, 20, 20)
-    assert mask.bind(g).ahead == ahead
-    assert mask.bind(Geometry(1, 1, 1, 20, 20, q_positions=jnp.arange(20)[None])).ahead is None
-    if ahead is not None:
-        t, s = np.nonzero(np.asarray(mask.dense(20, 20))[0, 0])
-        assert (s - t).max() == ahead
+def test_how_far_a_mask_sees(mask, ahead, behind):
+    bound = mask.bind(Geometry(1, 1, 1, 20, 20))
+    assert (bound.ahead, bound.behind) == (ahead, behind)
+    by_position = mask.bind(Geometry(1, 1, 1, 20, 20, q_positions=jnp.arange(20)[None]))
+    assert by_position.ahead is None and by_position.behind is None
+    t, s = np.nonzero(np.asarray(mask.dense(20, 20))[0, 0])
+    assert ahead is None or (s - t).max() == ahead
+    assert behind is None or (t - s).max() == behind

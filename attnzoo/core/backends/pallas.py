@@ -174,7 +174,7 @@ def _with_slots(mask: Bound | None, g: Geometry) -> Bound:
     mask = mask or Bound((), lambda c: True)
     if g.kv_positions is None:
         return mask
-    return Bound(mask.operands, lambda c, *parts: jnp.asarray(mask.apply(c, *parts)) & (c.k >= 0), mask.ahead)
+    return mask._replace(apply=lambda c, *parts: jnp.asarray(mask.apply(c, *parts)) & (c.k >= 0))
 
 
 def whole(r: Request, bm: BlockMap) -> Part:

@@ -143,7 +143,8 @@ def _cut(part: Part, turn: Turn) -> Part:
         if whole is None:
             return None
         operands = tuple(_cut_operand(op, b, h, t, g, bm.block_q) for op in whole.operands)
-        return Bound(operands, whole.apply, None if whole.ahead is None else whole.ahead + t.start)
+        ahead = None if whole.ahead is None else whole.ahead + t.start
+        return Bound(operands, whole.apply, ahead, None if whole.behind is None else whole.behind - t.start)
 
     state = _lead(bm.state, b, h)[:, :, turn.rows]
     return part._replace(

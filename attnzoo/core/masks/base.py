@@ -24,8 +24,8 @@ class Mask:
     that carry an array per token are aligned with the rows and columns of the call.
 
     To write one, subclass, decorate with :func:`mask`, and give ``bind``; give ``intervals`` too if every row sees a few
-    runs of keys, and its block map is exact for free. Where no row sees far beyond its own number, the bound mask may say so
-    (`Bound.ahead`): fused kernels then leave out what lies above the diagonals of tiles.
+    runs of keys, and its block map is exact for free. Where no row sees far beyond its own number, or far before it, the bound
+    mask may say so (`Bound.ahead`, `Bound.behind`): fused kernels then leave out what lies on that side of a tile's diagonal.
     """
 
     def bind(self, g: Geometry) -> Bound:
@@ -132,8 +132,7 @@ class And(Mask):
 
     def bind(self, g: Geometry) -> Bound:
         a, b = self.a.bind(g), self.b.bind(g)
-        known = [x.ahead for x in (a, b) if x.ahead is not None]
-        return _both(a, b, lambda x, y: x & y, min(known, default=None))
+        return _both(a, b, lambda x, y: x & y, _least)
 
     def intervals(self, g: Geometry) -> Intervals | None:
         a, b = self.a.intervals(g), self.b.intervals(g)
@@ -167,8 +166,7 @@ class Or(Mask):
 
     def bind(self, g: Geometry) -> Bound:
         a, b = self.a.bind(g), self.b.bind(g)
-        ahead = None if a.ahead is None or b.ahead is None else max(a.ahead, b.ahead)
-        return _both(a, b, lambda x, y: x | y, ahead)
+        return _both(a, b, lambda x, y: x | y, _most)
 
     def intervals(self, g: Geometry) -> Intervals | None:
         a, b = self.a.intervals(g), self.b.intervals(g)
@@ -240,9 +238,26 @@ class Instead(Mask):
         return f"Instead({self.a})"
 
 
-def _both(a: Bound, b: Bound, join: Callable[[Any, Any], Any], ahead: int | None) -> Bound:
+Reach = int | None
+
+
+def _both(a: Bound, b: Bound, join: Callable[[Any, Any], Any], reach: Callable[[Reach, Reach], Reach]) -> Bound:
     cut = len(a.operands)
-    return Bound((*a.operands, *b.operands), lambda c, *p: join(a.apply(c, *p[:cut]), b.apply(c, *p[cut:])), ahead)
+
+    def apply(c: Cells, *p: Any) -> Any:
+        return join(a.apply(c, *p[:cut]), b.apply(c, *p[cut:]))
+
+    return Bound((*a.operands, *b.operands), apply, reach(a.ahead, b.ahead), reach(a.behind, b.behind))
+
+
+def _least(x: Reach, y: Reach) -> Reach:
+    """How far rows see that see what both of two masks show."""
+    return min((n for n in (x, y) if n is not None), default=None)
+
+
+def _most(x: Reach, y: Reach) -> Reach:
+    """How far rows see that see what either of two masks shows."""
+    return None if x is None or y is None else max(x, y)
 
 
 def _numpy(*xs: Any) -> bool:

@@ -49,8 +49,7 @@ class Causal(Mask):
 
     def bind(self, g: Geometry) -> Bound:
         ops, fixed = _leaf_operand(self.offset)
-        by_row = g.q_positions is None and g.kv_positions is None
-        return Bound(ops, lambda c, *o: c.k <= c.q + (o[0] if o else fixed), fixed if by_row else None)
+        return Bound(ops, lambda c, *o: c.k <= c.q + (o[0] if o else fixed), fixed if g.plain else None)
 
     def intervals(self, g: Geometry) -> Intervals:
         return span(-_FAR, row_positions(g) + as_known(self.offset) + 1)
@@ -73,7 +72,8 @@ class SlidingWindow(Mask):
             raise ValueError(f"SlidingWindow: size must be at least 1 (the token itself), got {self.size}")
 
     def bind(self, g: Geometry) -> Bound:
-        return Bound((), lambda c: abs(c.q - c.k) < self.size)
+        reach = self.size - 1 if g.plain else None
+        return Bound((), lambda c: abs(c.q - c.k) < self.size, reach, reach)
 
     def intervals(self, g: Geometry) -> Intervals:
         q = row_positions(g)

@@ -191,10 +191,14 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
     bm = part.block_map
     problem, state = _sized(part, packed)
     problem = dataclasses.replace(problem, keys_are_values=part.v is part.k)
-    ahead = None if part.mask is None else part.mask.ahead
-    if ahead is not None and _cut_along_diagonals(ahead, problem, stairs()):
-        problem = dataclasses.replace(problem, stair=stairs()[0])
-        state = with_stairs(state, ahead // bm.block_q)
+    reach = (None, None) if part.mask is None else (part.mask.ahead, part.mask.behind)
+    if any(n is not None for n in reach) and _cuts_along_diagonals(problem, stairs()):
+        # A row does not see farther than it says if it says more: the next border of tiles.
+        near, far = (None if n is None else -(-n // bm.block_q) for n in reach)
+        if near is not None and near + (far or 0) == 0:
+            far = None  # tiles that are cut from both sides
+        problem = dataclasses.replace(problem, stair=stairs()[0], near=near, far=far)
+        state = with_stairs(state, near, far)
     by_column, kinds_of = column_lists(problem, state)
     lists = Lists(make_jobs(state.reshape(-1, *state.shape[2:]), problem.kinds), by_column, kinds_of)
     q, k = _queries_and_keys(part, problem)
@@ -207,10 +211,10 @@ def _problem(part: Part, packed: Geometry | None) -> tuple[Any, tuple[Any, ...]]
     return problem, (q, k, v, tuple(op.x for op in operands(part.score)), rest)
 
 
-def _cut_along_diagonals(ahead: int, p: Any, stairs: tuple[int, int]) -> bool:
-    """Whether a mask of which row t sees nothing beyond column t + ahead cuts tiles along their diagonals into pieces that pay,
-    and cells above are not asked for: the gradient of a score's operand by cell is written by whole tiles."""
-    if p.block_q != p.block_k or ahead % p.block_q or p.block_q % max(stairs) or p.block_q == min(stairs):
+def _cuts_along_diagonals(p: Any, stairs: tuple[int, int]) -> bool:
+    """Whether tiles can be cut along their diagonals into pieces that pay, and cells on the far side are not asked for: the
+    gradient of a score's operand by cell is written by whole tiles."""
+    if p.block_q != p.block_k or p.block_q % max(stairs) or p.block_q == min(stairs):
         return False
     return not any(d and layout.form == "cell" for layout, d in zip(p.score_layouts, p.differentiable, strict=True))
 
