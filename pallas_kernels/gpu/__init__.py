@@ -1,1 +1,1 @@
-"""Attention kernels for Hopper GPUs, on Mosaic GPU: simulated and compiled, not yet run on a GPU (see `flash`)."""
+"""Attention kernels on Mosaic GPU: for Hopper (`flash`, `backward`) and, forward only, for Blackwell (`blackwell`)."""

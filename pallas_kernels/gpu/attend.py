@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gpu import choice
+from pallas_kernels.gpu import blackwell, choice, flash
 from pallas_kernels.gpu.backward import keys_gradient, queries_gradient
-from pallas_kernels.gpu.flash import Inputs, forward
+from pallas_kernels.gpu.flash import Inputs
+from pallas_kernels.gpu.launch import generation
 from pallas_kernels.gpu.refusal import refusal
 from pallas_kernels.gpu.tiles import Tiles
 from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out, taken_back
@@ -25,6 +26,12 @@ class Lists(NamedTuple):
     columns: Tiles
 
 
+def forward(p: Problem, tiles: Tiles, x: Inputs, slots: int) -> tuple[Any, Any]:
+    """`flash.forward`, by the kernel for the GPU generation that is here or named."""
+    kernel = blackwell.forward if generation() == "blackwell" else flash.forward
+    return kernel(p, tiles, x, slots)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, Any]:
     """``out [B, T, N, Hv]``, ``lse [B, N, T]`` of inputs as `flash.Inputs` has them; ``score`` operands as the caller holds
@@ -34,7 +41,7 @@ def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tup
     """
     _check(p, q, k, v, backward=False)
     lists, mask, call = rest
-    slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k)
+    slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k, p.block_q)
     return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call), slots)
 
 

@@ -1,4 +1,4 @@
-"""Where a kernel runs: on a Hopper GPU, compiled for a named one, or simulated on any machine."""
+"""Where a kernel runs: on a Hopper or Blackwell GPU, compiled for a named one, or simulated on any machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def simulation() -> contextlib.AbstractContextManager[None]:
     """Run kernels by JAX's GPU simulator on this machine: slow, and strict.
 
     Warpgroups, shared memory, bulk copies and barriers are simulated; matrix products are done by plain JAX instead of
-    wgmma. Memory that was never written reads as NaN, reads past the end raise, and so do races.
+    wgmma, and instead of tcgen05 where JAX does not simulate that. Memory that was never written reads as NaN, reads past the
+    end raise, and so do races. What is simulated is the kernel for Hopper, inside ``compiling_for("blackwell")`` that for
+    Blackwell.
     """
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulator
 
@@ -26,7 +28,7 @@ def simulation() -> contextlib.AbstractContextManager[None]:
 
 
 def compiling_for(generation: str) -> contextlib.AbstractContextManager[None]:
-    """Trace for a GPU generation ("hopper") on a machine that has none, to be lowered for platform "cuda"."""
+    """Trace for a GPU generation ("hopper", "blackwell") on a machine that has none, to be lowered for platform "cuda"."""
     return _TARGET.compiling_for(generation)
 
 
@@ -40,7 +42,8 @@ def generation() -> str | None:
         return _TARGET.generation
     if jax.default_backend() != "gpu":
         return None
-    return "hopper" if str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.") else None
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    return {"9": "hopper", "10": "blackwell"}.get(major)
 
 
 def launch(

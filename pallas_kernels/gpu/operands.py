@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gpu.tile import across, down
-from pallas_kernels.gpu.warpgroup import PER_COLUMN, PER_ROW, ROWS, TILE, numbers, read
+from pallas_kernels.gpu.warpgroup import WGMMA, Lay, numbers, read
 from pallas_kernels.tpu.problem import Layout, Problem
 
 
@@ -28,9 +28,11 @@ class Call(NamedTuple):
         """From ``int32 [6]``."""
         return Call((ref[0], ref[1]), *(ref[n] for n in range(2, 6)))
 
-    def cells(self, b: Any, h: Any, t0: Any, s0: Any, shape: tuple[int, int], down: int = 0) -> tuple[Any, Any, Any, Any]:
+    def cells(
+        self, b: Any, h: Any, t0: Any, s0: Any, shape: tuple[int, int], down: int = 0, lay: Lay = WGMMA
+    ) -> tuple[Any, Any, Any, Any]:
         """Batch row, head, and the tile's query and key numbers ``[rows, columns]`` in the call; down: the axis of queries."""
-        queries, keys = numbers(shape, down, t0 + self.query), numbers(shape, 1 - down, s0 + self.key)
+        queries, keys = numbers(shape, down, t0 + self.query, lay), numbers(shape, 1 - down, s0 + self.key, lay)
         return b + self.batch, h + self.head, queries, keys
 
     def end(self, p: Problem) -> Any:
@@ -39,7 +41,7 @@ class Call(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Operands for one batch row, head and run of ROWS queries, which begins at ``start``.
+    """Operands for one batch row, head and run of ``lay.rows`` queries, which begins at ``start``.
 
     The keys' gradient kernel has keys along the rows of its tiles (``down`` = 1): with :func:`sideways` operands the same code
     serves it.
@@ -52,6 +54,7 @@ class Parts(NamedTuple):
     h: Any
     start: Any
     down: int = 0
+    lay: Lay = WGMMA
 
     def _index(self, layout: Layout, *rest: Any) -> tuple[Any, ...]:
         return (self.b if layout.per_batch else 0, self.h if layout.per_head else 0, *rest)
@@ -69,7 +72,7 @@ class Parts(NamedTuple):
             if layout.form == "one":
                 found.append(ref[self._index(layout, 0, 0)])
             elif layout.form == "row":
-                found.append(read(ref, self._index(layout, 0, pl.ds(self.start, ROWS)), PER_ROW))
+                found.append(read(ref, self._index(layout, 0, pl.ds(self.start, self.lay.rows)), self.lay.per_row))
             else:
                 found.append(None)
         return found
@@ -77,7 +80,7 @@ class Parts(NamedTuple):
     def moving(self, at: Any, columns: int) -> list[Any]:
         """Vectors along the columns of a tile that begins at ``at``; None for the others."""
         return [
-            read(ref, self._index(layout, 0, pl.ds(at, columns)), PER_COLUMN) if layout.form == "column" else None
+            read(ref, self._index(layout, 0, pl.ds(at, columns)), self.lay.per_column) if layout.form == "column" else None
             for ref, layout in zip(self.refs, self.layouts, strict=True)
         ]
 
@@ -94,7 +97,8 @@ class Parts(NamedTuple):
             elif layout.form == "tile":
                 found.append(ref[self._index(layout, self._tile(at), 0, 0)])
             else:
-                x = read(ref, self._index(layout, pl.ds(self.start, ROWS), pl.ds(at, shape[1])), TILE)
+                cells = self._index(layout, pl.ds(self.start, self.lay.rows), pl.ds(at, shape[1]))
+                x = read(ref, cells, self.lay.tile)
                 found.append(x.astype(jnp.int32) if x.dtype == jnp.int8 else x)
         return found
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import choice
+from pallas_kernels.gpu.launch import generation
 from pallas_kernels.tpu.problem import Problem
 
 #: Elementwise primitives that Mosaic GPU has no lowering for.
@@ -23,11 +24,14 @@ def refusal(p: Problem, q: Any, k: Any, v: Any, *, backward: bool = False) -> st
         return f"it takes bfloat16 or float16, the same for q, k and v, not {q.dtype}, {k.dtype} and {v.dtype}"
     if width % 64 or value_width % 64:
         return f"its head widths are multiples of 64, not {width} and {value_width}; pad them with zeros"
-    if p.block_q != choice.BLOCK_Q or p.block_k not in (64, 128):
-        return f"its blocks are {choice.BLOCK_Q} queries by 64 or 128 keys, not {p.block_q} by {p.block_k}"
+    if p.block_q not in (takes := choice.block_queries(generation())) or p.block_k not in (64, 128):
+        rows = " or ".join(map(str, takes))
+        return f"its blocks are {rows} queries by 64 or 128 keys, not {p.block_q} by {p.block_k}"
     if (given := (q.shape[1], v.shape[2 if p.keys_by_head else 1])) != p.padded:
         return f"its inputs come padded to {p.padded} queries and keys, not {given}"
-    if not choice.slots(width, value_width, p.block_k):
+    if generation() == "blackwell" and (why := _on_blackwell(width, value_width, backward)) is not None:
+        return why
+    if not choice.slots(width, value_width, p.block_k, p.block_q):
         return f"heads {width} and {value_width} wide do not fit into shared memory with {p.block_k} keys at a time"
     if backward and not choice.backward_slots(width, value_width, p.block_k):
         return (
@@ -40,6 +44,14 @@ def refusal(p: Problem, q: Any, k: Any, v: Any, *, backward: bool = False) -> st
         return "it takes no arrays with an entry per tile in a score; give a bias per query and key"
     if (found := next((name for name in _primitives(p, backward) if name in LACKING), None)) is not None:
         return f"{found!r} does not run inside a GPU kernel"
+    return None
+
+
+def _on_blackwell(width: int, value_width: int, backward: bool) -> str | None:
+    if max(width, value_width) > 128:
+        return f"on a Blackwell GPU it takes heads up to 128 wide, not {width} and {value_width}"
+    if backward:
+        return "on a Blackwell GPU it has no derivative; blockwise attention has one there, and these kernels on a Hopper GPU"
     return None
 
 

@@ -1,6 +1,6 @@
-"""What the compiler makes of a GPU kernel, on a machine without a GPU: registers, spills, shared memory, wgmma.
+"""What the compiler makes of a GPU kernel, on a machine without a GPU: registers, spills, shared memory, wgmma or tcgen05.
 
-    python -m pallas_kernels.gpu.report [plain|causal|segments|softcap|bias ...] [--width 128] [--block-keys 128]
+    python -m pallas_kernels.gpu.report [plain|causal|segments|softcap|bias ...] [--width 128] [--target b200]
 
 Needs JAX's CUDA wheels (``pip install "jax[cuda13]"``).
 """
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gpu import choice
+from pallas_kernels.gpu.attend import forward
 from pallas_kernels.gpu.backward import keys_gradient, queries_gradient
-from pallas_kernels.gpu.flash import Inputs, forward
+from pallas_kernels.gpu.flash import Inputs
 from pallas_kernels.gpu.launch import compiling_for
 from pallas_kernels.gpu.tiles import FULL, PARTIAL, SKIP, make_tiles
 from pallas_kernels.tpu.problem import Layout, Problem
@@ -40,8 +41,20 @@ gpu_device_info {
   l2_cache_size: 52428800 device_memory_size: 84942979072 memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+""",
+    "b200": """
+gpu_device_info {
+  cuda_compute_capability { major: 10 feature_extension: ACCELERATED_FEATURES } core_count: 148 fpus_per_core: 128
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 registers_per_block_limit: 65536
+  registers_per_core_limit: 65536 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  l2_cache_size: 132644864 device_memory_size: 191512969216 memory_bandwidth: 7672000000000 clock_rate_ghz: 1.965
 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA B200"
+""",
+}
+
+GENERATIONS = {"h100": "hopper", "b200": "blackwell"}
 
 
 def parsed(ptx: str, ptxas: str, passes: str) -> dict[str, int]:
@@ -65,6 +78,7 @@ def parsed(ptx: str, ptxas: str, passes: str) -> dict[str, int]:
         "shared_memory": number("shared memory", r"dynamic_shared_memory_size %c(\d+)_i32", passes),
         "threads": number("threads", r"\.maxntid (\d+)", ptx),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
     }
 
 
@@ -79,7 +93,7 @@ def report(function: Callable[..., Any], *inputs: Any, target: str = "h100") -> 
         topology = topologies.get_topology_desc(target, "cuda", target_config=TARGETS[target], topology="1x1x1")
         sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
-        with compiling_for("hopper"):
+        with compiling_for(GENERATIONS[target]):
             jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).compile()
         found = {}
         for file in sorted(Path(folder).glob("*.ptxas")):
@@ -113,11 +127,12 @@ def _dumping(folder: str) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def example(case: str, width: int = 128, block_k: int | None = None, length: int = 1024) -> tuple[Problem, Any, Inputs]:
+def example(
+    case: str, width: int = 128, block_k: int | None = None, length: int = 1024, block_q: int = choice.BLOCK_Q
+) -> tuple[Problem, Any, Inputs]:
     """A problem, its tiles and the shapes of its inputs, that use one feature of the kernels: 2 sequences, 8 heads on 2."""
     batch, heads, kv_heads = 2, 8, 2
-    block_q, wanted = choice.blocks(width, width)
-    block_k = block_k or wanted
+    block_k = block_k or choice.blocks(width, width)[1]
     mask: Any = None if case == "plain" else lambda b, h, t, s, *parts: s <= t
     score: Any = None
     mask_layouts, score_layouts, masks, scores = [], [], [], []
@@ -153,10 +168,11 @@ CASES = ("plain", "causal", "segments", "blocks", "softcap", "bias")
 
 def figures(case: str, width: int = 128, block_k: int | None = None, target: str = "h100") -> dict[str, dict[str, int]]:
     """Of the kernels for one feature: the forward one, and where its blocks have a backward pass, the two of that."""
-    p, tiles, x = example(case, width, block_k)
-    slots = choice.slots(width, width, p.block_k)
+    generation = GENERATIONS[target]
+    p, tiles, x = example(case, width, block_k, block_q=choice.block_queries(generation)[0])
+    slots = choice.slots(width, width, p.block_k, p.block_q)
     found = report(lambda x: forward(p, tiles, x, slots), x, target=target)
-    if slots := choice.backward_slots(width, width, p.block_k):
+    if generation == "hopper" and (slots := choice.backward_slots(width, width, p.block_k)):
         statistic = jax.ShapeDtypeStruct((p.batch, p.heads, p.queries), jnp.float32)
         for gradient in (queries_gradient, keys_gradient):
             # The lists of tiles of these examples serve both ways: only what a kernel contains is asked.

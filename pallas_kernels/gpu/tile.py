@@ -51,16 +51,20 @@ def hidden(p: Problem, s: Any, b: Any, h: Any, t: Any, k: Any, parts: list[Any],
     return s if ok is None else jnp.where(ok, s, jnp.full_like(s, HIDDEN))
 
 
+def power(p: Problem, x: Any) -> Any:
+    """Of e, or of two where logits come scaled for that."""
+    return (jnp.exp2 if p.base2 else jnp.exp)(x)
+
+
 def weigh(p: Problem, s: Any, top: Any, total: Any) -> tuple[Any, Any, Any, Any]:
     """Weights of a tile, the factor ``[rows]`` that the sums so far shrink by, and the new top and total.
 
     A row that has seen nothing yet counts its hidden cells with weight 1: its first visible cell shrinks them to 0, and
     :func:`finish` drops them otherwise.
     """
-    exp = jnp.exp2 if p.base2 else jnp.exp
     now = jnp.maximum(top, s.max(axis=1))
-    shrink = exp(top - now)
-    weight = exp(s - across(now, s.shape))
+    shrink = power(p, top - now)
+    weight = power(p, s - across(now, s.shape))
     return weight, shrink, now, total * shrink + weight.sum(axis=1)
 
 
@@ -103,7 +107,7 @@ def weights_again(
     s = s if mask_parts is None else hidden(p, s, *cells, mask_parts, end)
     back_phi = None
     if p.phi is None:
-        weight = (jnp.exp2 if p.base2 else jnp.exp)(s if norm is None else s - norm)
+        weight = power(p, s if norm is None else s - norm)
     else:
         phi = p.phi
         seen, zero = s > HIDDEN_BELOW, jnp.zeros_like(s)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gpu.attend import Lists, attend
-from pallas_kernels.gpu.flash import Inputs, forward
+from pallas_kernels.gpu.attend import Lists, attend, forward
+from pallas_kernels.gpu.flash import Inputs
 from pallas_kernels.gpu.tiles import FULL, PARTIAL, SKIP, make_tiles
 from pallas_kernels.tpu.problem import LOG2E, Layout, Problem, laid_out
 
@@ -24,12 +24,12 @@ class Case:
 
 
 def case(
-    batch=1, heads=1, kv_heads=1, queries=128, keys=128, width=64, value_width=64, block_k=64, mask=None, masks=(),
-    score=None, scores=(), phi=None, keep=None, seed=0,
+    batch=1, heads=1, kv_heads=1, queries=128, keys=128, width=64, value_width=64, block_q=128, block_k=64, mask=None, masks=(),
+    score=None, scores=(), phi=None, keep=None, by_head=False, seed=0,
 ) -> Case:  # fmt: skip
-    """masks, scores: operands ``[B|1, N|1, T|1, S|1]``. Tiles are as exact as the cells; lengths need not be whole blocks."""
+    """masks, scores: operands ``[B|1, N|1, T|1, S|1]``. Tiles are as exact as the cells; lengths need not be whole blocks.
+    by_head: keys and values lie as in caches."""
     rng = np.random.default_rng(seed)
-    block_q = 128
     base = Problem(
         batch, heads, kv_heads, queries, keys, block_q, block_k, 64, block_k, mask, layouts(masks), score, layouts(scores),
         phi, keep, False, False,
@@ -69,8 +69,11 @@ def case(
     out = np.einsum("bnts,bsnh->btnh", weights, vf)
     pad = [(0, 0), (0, rows - queries), (0, 0), (0, 0)], [(0, 0), (0, columns - keys), (0, 0), (0, 0)]
     # What lies past the end must not matter: the padding of keys is large, not zero.
+    k, v = jnp.pad(k, pad[1], constant_values=9), jnp.pad(v, pad[1])
+    if by_head:
+        p, k, v = dataclasses.replace(p, keys_by_head=True), k.swapaxes(1, 2), v.swapaxes(1, 2)
     x = Inputs(
-        jnp.pad(q, pad[0]), jnp.pad(k, pad[1], constant_values=9), jnp.pad(v, pad[1]),
+        jnp.pad(q, pad[0]), k, v,
         tuple(laid_out(p, jnp.asarray(o), layout) for o, layout in zip(scores, p.score_layouts, strict=True)),
         tuple(laid_out(p, jnp.asarray(o), layout) for o, layout in zip(masks, p.mask_layouts, strict=True)),
         jnp.array([3, 4, 0, 0, 0, 0], jnp.int32),

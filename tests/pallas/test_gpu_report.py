@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.gpu.choice import SHARED_BYTES
 from pallas_kernels.gpu.report import CASES, example, parsed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ PASSES = "gpu.launch async [%0] blocks(%arg2) threads(%arg5) dynamic_shared_memo
 def test_figures_are_read_from_dumps():
     assert parsed(PTX, PTXAS, PASSES) == {
         "registers": 168, "spill_stores": 4, "spill_loads": 12, "shared_memory": 84056, "threads": 384, "wgmma": 2,
+        "tcgen05": 0,
     }  # fmt: skip
 
 
@@ -44,20 +46,38 @@ def test_an_unknown_case_is_refused():
         example("casual")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [64, 128])
-def test_the_kernels_compile_for_hopper(width):
+def compiled(*options):
+    """The figures of all cases, by the report's command."""
     pytest.importorskip("jax_cuda13_plugin")
     pytest.importorskip("nvidia")
     done = subprocess.run(
-        [sys.executable, "-m", "pallas_kernels.gpu.report", *CASES, "--width", str(width)],
+        [sys.executable, "-m", "pallas_kernels.gpu.report", *CASES, *options],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernels_compile_for_hopper(width):
+    figures = compiled("--width", str(width))
     assert len(figures) == 3 * len(CASES)
     for f in figures:
         assert f["wgmma"] > 0, f
         # Sums of both dk and dv, 128 wide, leave no room for more than a causal mask between the products.
         crowded = width > 64 and f["kernel"] == "attnzoo_flash_dkv" and f["case"] not in ("plain", "causal")
         assert f["spill_stores"] <= (64 if crowded else 0), f
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_forward_kernel_compiles_for_blackwell(width):
+    figures = compiled("--width", str(width), "--target", "b200")
+    assert [f["kernel"] for f in figures] == ["attnzoo_flash_forward"] * len(CASES)
+    for f in figures:
+        # For each of two warpgroups S of the first tile, S of the next, and O, 16 terms of the sums at once.
+        assert f["tcgen05"] == 2 * (2 * width // 16 + 128 // 16), f
+        assert f["wgmma"] == 0, f
+        assert f["spill_stores"] == 0, f
+        assert f["shared_memory"] <= SHARED_BYTES + 3072, f

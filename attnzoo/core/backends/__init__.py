@@ -1,4 +1,5 @@
-"""Ways to run the one operation. Each module has ``refusal(request) -> str | None`` and ``run(request) -> Result``."""
+"""Ways to run the one operation. Each module has ``refusal(request) -> str | None`` and ``run(request) -> Result``, and may
+have ``taken_unasked() -> bool``, whether ``backend="auto"`` takes it."""
 
 from types import ModuleType
 

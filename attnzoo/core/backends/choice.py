@@ -40,7 +40,8 @@ def refusals_by_parts(r: Request, rectangle: tuple[int, int]) -> dict[str, str |
 
 
 def choose(r: Request, backend: str, reasons: Mapping[str, str | None]) -> tuple[str, str]:
-    """The backend to run and why; raises ValueError for a named one that cannot, or when none can.
+    """The backend to run and why; raises ValueError for a named one that cannot, or when none can. A backend that has a
+    function ``taken_unasked`` which says no is taken only by name.
 
     reasons: of :func:`refusals` or :func:`refusals_by_parts`.
     """
@@ -52,12 +53,16 @@ def choose(r: Request, backend: str, reasons: Mapping[str, str | None]) -> tuple
             can = f"{' and '.join(repr(x) for x in able)} can" if able else "no backend can"
             raise ValueError(f"backend {backend!r} cannot run this: {reasons[backend]}; {can}")
         return backend, "asked for"
+    by_name = [name for name in able if not getattr(BACKENDS[name], "taken_unasked", lambda: True)()]
+    able = [name for name in able if name not in by_name]
     if not able:
-        raise ValueError("no backend can run this: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
+        whys = "; ".join(f"{name}: {why or 'it has to be asked for by name'}" for name, why in reasons.items())
+        raise ValueError(f"no backend can run this: {whys}")
     g = r.geometry
     if "dense" in able and "cudnn" not in able and g.queries * g.keys <= SMALL:
         return "dense", f"T×S = {g.queries}×{g.keys} is small: one dense product is quickest"
-    return able[0], f"the first of {', '.join(BACKENDS)} that can run this"
+    order = ", ".join(name for name in BACKENDS if name not in by_name)
+    return able[0], f"the first of {order} that can run this"
 
 
 class Choice(NamedTuple):

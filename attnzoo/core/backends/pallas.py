@@ -1,5 +1,5 @@
-"""Fused attention on TPUs and Hopper GPUs by the kernels of `pallas_kernels`: any elementwise mask and score, empty tiles
-never visited. What differs by platform is in `attnzoo.core.backends.fused`."""
+"""Fused attention on TPUs and on Hopper and Blackwell GPUs by the kernels of `pallas_kernels`: any elementwise mask and score,
+empty tiles never visited. What differs by platform is in `attnzoo.core.backends.fused`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refusal(r: Request, rectangle: tuple[int, int] | None = None) -> str | None:
     """Why this backend cannot run the request (None: it can), or a rectangle of so many queries and keys at a time."""
     r, kernels = _folded(r), _kernels()
     if kernels is None:
-        return f"it needs a TPU or a Hopper GPU, and the default device is a {_device()}"
+        return f"it needs a TPU or a Hopper or Blackwell GPU, and the default device is a {_device()}"
     if r.return_weights:
         return "it never holds the weights that return_weights asks for"
     if not isinstance(r.weights, Normalised | Pointwise):
@@ -68,6 +68,12 @@ def _outline(r: Request, plan: _Plan) -> Part:
     """The whole call, without the contents of its queries."""
     abstract: Any = jax.eval_shape(lambda q: packed_queries(q, r.geometry) if plan.packed else q, r.q)
     return _part(r, plan, _Arrays(abstract, r.k, r.v, (), (), plan.state), plan.mask, plan.score)
+
+
+def taken_unasked() -> bool:
+    """Whether "auto" takes this backend for what it can run."""
+    kernels = _kernels()
+    return kernels is None or kernels.taken_unasked()
 
 
 def reads_pages(r: Request) -> bool:

@@ -1,6 +1,7 @@
 """What the backend "pallas" needs of each platform. A module has
 
 - ``there() -> bool``: whether kernels run, are simulated or compiled for this platform now, without slow imports;
+- ``taken_unasked() -> bool``: whether ``backend="auto"`` takes these kernels;
 - ``DTYPES``, and ``block_sizes(wanted, queries, keys) -> (int, int)``, the tiles of a call (ValueError: not so wanted ones);
 - ``packed_rows(rows) -> int``: the rows of a tile that holds a call with few queries, and ``most_runs(rows_and_heads, keys)
   -> int``: into how many runs of keys such a call may be divided;

@@ -19,7 +19,8 @@ DTYPES = ("bfloat16", "float16")
 
 
 def there() -> bool:
-    """Whether there is a Hopper GPU, described or simulated ones included; these take a module that is slow to import."""
+    """Whether there is a GPU that the kernels know, described or simulated ones included; these take a module that is slow to
+    import."""
     launch = sys.modules.get("pallas_kernels.gpu.launch")
     if launch is not None and (launch.simulated() or launch.generation() is not None):
         return True
@@ -30,14 +31,24 @@ def there() -> bool:
     return generation() is not None
 
 
+def taken_unasked() -> bool:
+    """The kernel for Blackwell has run on no GPU yet."""
+    from pallas_kernels.gpu.launch import generation
+
+    return generation() != "blackwell"
+
+
 def block_sizes(wanted: tuple[int, int] | None, queries: int, keys: int) -> tuple[int, int]:
     """Raises ValueError for other tiles than the kernels have."""
-    from pallas_kernels.gpu.choice import BLOCK_Q, blocks
+    from pallas_kernels.gpu.choice import BLOCK_Q, block_queries, blocks
+    from pallas_kernels.gpu.launch import generation
 
-    has = blocks(BLOCK_Q, BLOCK_Q)
-    if wanted is not None and tuple(wanted) != has:
-        raise ValueError(f"its block_sizes are {has}, not {wanted}")
-    return has
+    has = [(block_q, blocks(BLOCK_Q, BLOCK_Q)[1]) for block_q in block_queries(generation())]
+    if wanted is None:
+        return has[0] if queries > BLOCK_Q else has[-1]
+    if tuple(wanted) not in has:
+        raise ValueError(f"its block_sizes are {' or '.join(map(str, has))}, not {wanted}")
+    return wanted
 
 
 def packed_rows(rows: int) -> int:
@@ -59,10 +70,13 @@ def holds_pages(entries: int) -> bool:
 
 def refusal(part: Part, packed: Geometry | None, rectangle: tuple[int, int] | None) -> str | None:
     from pallas_kernels.gpu import refusal
+    from pallas_kernels.gpu.launch import generation
 
+    # Whether a call will be differentiated is not known here. On Blackwell, where nothing could be, it is refused then.
+    backward = generation() != "blackwell"
     problem = _problem_of(part, packed)[0]
     q, k, v = (jax.eval_shape(lambda x, n=n, by=by: _padded(x, n, by), x) for x, n, by in _placed(part, problem))
-    return refusal.refusal(problem, q, k, v, backward=True)
+    return refusal.refusal(problem, q, k, v, backward=backward)
 
 
 def attend(part: Part, packed: Geometry | None) -> tuple[Any, Any]:
