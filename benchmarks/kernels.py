@@ -6,9 +6,9 @@
 Needs the TPU compiler (pip install -e ".[tpu]"), not a TPU. Every kernel is compiled for one problem; reported are the
 bundles (cycles) a tile takes between the first and the last use of the matrix units, how full these and the vector units
 are meanwhile, the bundles that the matrix products alone would take, registers spilled, and on-chip memory. Of the
-branches of a kernel of ours, for full tiles, for those that the mask cuts along their diagonal and for others on its
-border, each is compiled by itself. A second table has what other kernels of ours do in a step. Writes results/kernels.json and
-the tables in docs/guide/kernels.md.
+branches of a kernel of ours, for full tiles, for those that the mask cuts along their diagonal (from above, as causal masks
+do, or from below, at the far edge of a window) and for others on its border, each is compiled by itself. A second table has
+what other kernels of ours do in a step. Writes results/kernels.json and the tables in docs/guide/kernels.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks._measure import RESULTS, arguments, environment, parsed, save
 from pallas_kernels import schedule
@@ -43,7 +45,14 @@ def problems(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
     import jax.numpy as jnp
 
     from attnzoo.core.attention import attention
-    from attnzoo.core.masks import Causal
+    from attnzoo.core.cells import Bound, Geometry
+    from attnzoo.core.masks import Blocks, Causal, Mask
+
+    class FarEdge(Mask):
+        """What lies at most a tile behind: of a causal window of two tiles, the border that it does not share with `Causal`."""
+
+        def bind(self, g: Geometry) -> Bound:
+            return Bound((), lambda c: c.q - c.k <= square, behind=square)
 
     block_q, block_k, width, heads = options.block_q, options.block_k, options.width, 2
     tokens = 8 * max(block_q, block_k)
@@ -94,6 +103,9 @@ def problems(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
         "attnzoo, full tiles": ours(None, tokens, True),
         "attnzoo, full tiles, 64k tokens": ours(None, 2**16, True),  # too many for sums of dq on the chip
         "attnzoo, causal border": ours(Causal(), square, True),
+        "attnzoo, far edge of a window": ours(
+            FarEdge() & Blocks(np.asarray([[0, 0], [1, 0]], bool), square, square), 2 * square, True
+        ),
         "attnzoo, other border": ours(Causal(1), square, True),  # not along the diagonal
         "splash attention": lambda: splash(True),
         "jax flash attention": jax_flash,
