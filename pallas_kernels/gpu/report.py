@@ -98,7 +98,8 @@ def report(function: Callable[..., Any], *inputs: Any, target: str = "h100") -> 
         found = {}
         for file in sorted(Path(folder).glob("*.ptxas")):
             texts = (file.with_suffix(end).read_text() for end in (".ptx", ".ptxas", ".mlir-passes.log"))
-            found[re.sub(r"_\d+$", "", file.stem)] = parsed(*texts)
+            name = re.sub(r"_\d+$", "", file.stem)
+            found[file.stem if name in found else name] = parsed(*texts)
     if not found:
         raise RuntimeError("nothing was compiled: the function has no kernel that this process has not compiled before")
     return found
