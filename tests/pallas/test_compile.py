@@ -107,7 +107,7 @@ def test_every_feature_compiles(generation):
 
 @pytest.mark.parametrize("generation", ["v4", "v5p", "7x"])
 def test_other_generations_compile(generation):
-    names = ["head width 128", "head width 80", "soft cap, dropout"]
+    names = [*(f"head width {h}" for h in (64, 80, 96, 128, 192, 256)), "128k tokens", "soft cap, dropout"]
     if generation != "v4":  # refused there
         names.append("score by distance, query and key")
     assert [name for name, _ in run(PROGRAM, generation, *names)] == names
