@@ -12,10 +12,12 @@ import numpy as np
 
 from pallas_kernels.gpu import blackwell, choice, flash
 from pallas_kernels.gpu.backward import keys_gradient, queries_gradient
+from pallas_kernels.gpu.distance import placed, table_gradients
 from pallas_kernels.gpu.flash import Inputs
 from pallas_kernels.gpu.launch import generation
 from pallas_kernels.gpu.refusal import refusal
 from pallas_kernels.gpu.tiles import Tiles
+from pallas_kernels.gpu.warpgroup import lay_of
 from pallas_kernels.tpu.problem import LOG2E, Problem, laid_out, taken_back
 
 
@@ -40,9 +42,8 @@ def attend(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tup
     Raises ValueError, saying what would work, for what :func:`pallas_kernels.gpu.refusal.refusal` names.
     """
     _check(p, q, k, v, backward=False)
-    lists, mask, call = rest
     slots = choice.slots(q.shape[-1], v.shape[-1], p.block_k, p.block_q)
-    return forward(p, lists.rows, Inputs(q, k, v, _laid(p, score), mask, call), slots)
+    return forward(p, rest[0].rows, _inputs(p, q, k, v, score, rest), slots)
 
 
 def _check(p: Problem, q: Any, k: Any, v: Any, backward: bool) -> None:
@@ -50,8 +51,12 @@ def _check(p: Problem, q: Any, k: Any, v: Any, backward: bool) -> None:
         raise ValueError(f"flash attention on a GPU cannot run this: {why}")
 
 
-def _laid(p: Problem, score: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(laid_out(p, x, layout) for x, layout in zip(score, p.score_layouts, strict=True))
+def _inputs(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> Inputs:
+    """The kernels' inputs, from the arguments of :func:`attend`."""
+    _, mask, call = rest
+    laid = tuple(laid_out(p, x, layout) for x, layout in zip(score, p.score_layouts, strict=True))
+    rows = lay_of(generation()).rows
+    return Inputs(q, k, v, placed(laid, p.score_layouts, rows), placed(mask, p.mask_layouts, rows), call)
 
 
 def _attend_forward(p: Problem, q: Any, k: Any, v: Any, score: tuple[Any, ...], rest: tuple[Any, ...]) -> Any:
@@ -80,15 +85,17 @@ def attend_gradients(p: Problem, arrays: Any, lse: Any, d_out: Any, delta: Any) 
         turned = q, k.swapaxes(1, 2), v.swapaxes(1, 2), score, rest
         dq, dk, dv, *others = attend_gradients(by_token, turned, lse, d_out, delta)
         return dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2), *others
-    lists, mask, call = rest
-    x = Inputs(q, k, v, _laid(p, score), mask, call)
+    lists, x = rest[0], _inputs(p, q, k, v, score, rest)
     norm = jnp.where(jnp.isneginf(lse), jnp.inf, lse * (LOG2E if p.base2 else 1.0))
     d_out = d_out.astype(v.dtype)
     slots = choice.backward_slots(q.shape[-1], v.shape[-1], p.block_k)
     dq, by_row = queries_gradient(p, lists.rows, x, d_out, norm, delta, slots)
     dk, dv, by_column = keys_gradient(p, lists.columns, x, d_out, norm, delta, slots)
+    tables = [n for n, layout in enumerate(p.score_layouts) if p.differentiable[n] and layout.form == "distance"]
+    by_distance = table_gradients(p, x, d_out, norm, delta, tables) if tables else {}
+    found = {**by_row, **by_column, **by_distance}
     d_score = tuple(
-        _operand_gradient(p, lists.rows, {**by_row, **by_column}[n], x, layout) if p.differentiable[n] else _no_gradient(x)
+        _operand_gradient(p, lists.rows, found[n], x, layout) if p.differentiable[n] else _no_gradient(x)
         for n, (x, layout) in enumerate(zip(score, p.score_layouts, strict=True))
     )
     return dq, dk, dv, d_score, jax.tree.map(_no_gradient, rest)

@@ -51,12 +51,13 @@ def piece_of(x: Inputs, plain: bool) -> int:
 def queries_gradient(
     p: Problem, tiles: Tiles, x: Inputs, d_out: Any, norm: Any, delta: Any, slots: int
 ) -> tuple[Any, dict[int, Any]]:
-    """dq, and the gradients of the score's operands that are not columns, each ``[B, N, ...]`` as laid out; those of cells are
-    written in visited tiles only. norm, delta: float32 ``[B, N, T]``; norm is +inf in rows that saw nothing."""
+    """dq, and the gradients of the score's operands that are neither columns nor by distance, each ``[B, N, ...]`` as laid out;
+    those of cells are written in visited tiles only. norm, delta: float32 ``[B, N, T]``; norm is +inf in rows that saw
+    nothing."""
     queries = x.q.shape[1]
     piece = piece_of(x, plain=p.score is None)
     swizzle = 2 * piece
-    mine = [n for n, f in enumerate(p.score_layouts) if p.differentiable[n] and f.form != "column"]
+    mine = [n for n, f in enumerate(p.score_layouts) if p.differentiable[n] and f.form not in ("column", "distance")]
     shapes = [(1, queries) if p.score_layouts[n].form != "cell" else x.score[n].shape[2:] for n in mine]
     outs = launch(
         functools.partial(_dq_kernel, p, tiles, mine, piece),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.gpu.distance import turned
 from pallas_kernels.gpu.tile import across, down
 from pallas_kernels.gpu.warpgroup import WGMMA, Lay, numbers, read
 from pallas_kernels.tpu.problem import Layout, Problem
@@ -65,6 +66,12 @@ class Parts(NamedTuple):
         across = self.p.padded[1] // self.p.block_k
         return lax.div(t, jnp.int32(self.p.block_q)) * across + lax.div(s, jnp.int32(self.p.block_k))
 
+    def _cells(self, layout: Layout, at: Any, columns: int) -> tuple[Any, Any]:
+        """Where the cells of a tile lie in an operand that has an entry for each, or one by distance."""
+        if layout.form == "cell":
+            return pl.ds(self.start, self.lay.rows), pl.ds(at, columns)
+        return pl.ds(0, self.lay.rows), pl.ds(self.p.padded[self.down] + at - self.start, columns)
+
     def fixed(self) -> list[Any]:
         """Those that all tiles of a row of tiles share: scalars and vectors along the rows; None for the others."""
         found: list[Any] = []
@@ -85,7 +92,7 @@ class Parts(NamedTuple):
         ]
 
     def whole(self, fixed: list[Any], moving: list[Any], at: Any, shape: tuple[int, int]) -> list[Any]:
-        """All of them, as scalars or tiles; those with an entry per cell are read only here, to save registers."""
+        """All of them, as scalars or tiles; those with an entry per cell or distance are read only here, to save registers."""
         found: list[Any] = []
         for ref, layout, f, m in zip(self.refs, self.layouts, fixed, moving, strict=True):
             if layout.form == "one":
@@ -97,8 +104,7 @@ class Parts(NamedTuple):
             elif layout.form == "tile":
                 found.append(ref[self._index(layout, self._tile(at), 0, 0)])
             else:
-                cells = self._index(layout, pl.ds(self.start, self.lay.rows), pl.ds(at, shape[1]))
-                x = read(ref, cells, self.lay.tile)
+                x = read(ref, self._index(layout, *self._cells(layout, at, shape[1])), self.lay.tile)
                 found.append(x.astype(jnp.int32) if x.dtype == jnp.int8 else x)
         return found
 
@@ -106,5 +112,7 @@ class Parts(NamedTuple):
 def sideways(operands: tuple[Any, ...], layouts: tuple[Layout, ...]) -> tuple[tuple[Any, ...], tuple[Layout, ...]]:
     """Laid-out operands and their layouts for tiles that have keys along their rows."""
     swapped = {"row": "column", "column": "row"}
-    turned = tuple(layout._replace(form=swapped.get(layout.form, layout.form)) for layout in layouts)
-    return tuple(x.swapaxes(2, 3) if f.form == "cell" else x for x, f in zip(operands, layouts, strict=True)), turned
+    found = []
+    for x, layout in zip(operands, layouts, strict=True):
+        found.append(x.swapaxes(2, 3) if layout.form == "cell" else turned(x) if layout.form == "distance" else x)
+    return tuple(found), tuple(layout._replace(form=swapped.get(layout.form, layout.form)) for layout in layouts)

@@ -38,8 +38,6 @@ def refusal(p: Problem, q: Any, k: Any, v: Any, *, backward: bool = False) -> st
             f"its derivative takes heads up to 128 wide and blocks of 128 keys, not heads {width} and {value_width} wide and "
             f"blocks of {p.block_k}"
         )
-    if any(layout.form == "distance" for layout in (*p.score_layouts, *p.mask_layouts)):
-        return "it takes no arrays by distance of query and key; give a bias per query and key"
     if any(layout.form == "tile" for layout in p.score_layouts):
         return "it takes no arrays with an entry per tile in a score; give a bias per query and key"
     if (found := next((name for name in _primitives(p, backward) if name in LACKING), None)) is not None:

@@ -28,6 +28,7 @@ from pallas_kernels.gpu.backward import keys_gradient, queries_gradient
 from pallas_kernels.gpu.flash import Inputs
 from pallas_kernels.gpu.launch import compiling_for
 from pallas_kernels.gpu.tiles import FULL, PARTIAL, SKIP, make_tiles
+from pallas_kernels.gpu.warpgroup import lay_of
 from pallas_kernels.tpu.problem import Layout, Problem
 
 #: What XLA must know of a GPU to compile for it.
@@ -129,11 +130,11 @@ def _dumping(folder: str) -> Iterator[None]:
 
 
 def example(
-    case: str, width: int = 128, block_k: int | None = None, length: int = 1024, block_q: int = choice.BLOCK_Q
+    case: str, width: int = 128, block_k: int | None = None, length: int = 1024, generation: str = "hopper"
 ) -> tuple[Problem, Any, Inputs]:
     """A problem, its tiles and the shapes of its inputs, that use one feature of the kernels: 2 sequences, 8 heads on 2."""
     batch, heads, kv_heads = 2, 8, 2
-    block_k = block_k or choice.blocks(width, width)[1]
+    block_q, block_k = choice.block_queries(generation)[0], block_k or choice.blocks(width, width)[1]
     mask: Any = None if case == "plain" else lambda b, h, t, s, *parts: s <= t
     score: Any = None
     mask_layouts, score_layouts, masks, scores = [], [], [], []
@@ -151,6 +152,10 @@ def example(
         score = lambda x, b, h, t, s, bias: x + bias  # noqa: E731
         score_layouts = [Layout("cell", False, True, False)]
         scores = [jax.ShapeDtypeStruct((1, heads, length, length), jnp.float32)]
+    elif case == "distance":
+        score = lambda x, b, h, t, s, table: x + table  # noqa: E731
+        score_layouts = [Layout("distance", False, True, False)]
+        scores = [jax.ShapeDtypeStruct((1, heads, lay_of(generation).rows, 2 * length), jnp.float32)]
     elif case not in CASES:
         raise ValueError(f"unknown case {case!r}; there are {', '.join(CASES)}")
     p = Problem(
@@ -164,13 +169,13 @@ def example(
     return p, make_tiles(state[None] if mask else np.full_like(state, FULL)[None]), Inputs(q, k, k, (*scores,), (*masks,), call)
 
 
-CASES = ("plain", "causal", "segments", "blocks", "softcap", "bias")
+CASES = ("plain", "causal", "segments", "blocks", "softcap", "bias", "distance")
 
 
 def figures(case: str, width: int = 128, block_k: int | None = None, target: str = "h100") -> dict[str, dict[str, int]]:
     """Of the kernels for one feature: the forward one, and where its blocks have a backward pass, the two of that."""
     generation = GENERATIONS[target]
-    p, tiles, x = example(case, width, block_k, block_q=choice.block_queries(generation)[0])
+    p, tiles, x = example(case, width, block_k, generation=generation)
     slots = choice.slots(width, width, p.block_k, p.block_q)
     found = report(lambda x: forward(p, tiles, x, slots), x, target=target)
     if generation == "hopper" and (slots := choice.backward_slots(width, width, p.block_k)):

@@ -36,6 +36,12 @@ WGMMA, TCGEN05 = (
 )
 ROWS, TILE, PER_ROW, PER_COLUMN = WGMMA
 
+
+def lay_of(generation: str | None) -> Lay:
+    """How the kernels for a GPU generation hold tiles."""
+    return TCGEN05 if generation == "blackwell" else WGMMA
+
+
 _plgpu: Any = plgpu
 """What differs in type between versions of JAX."""
 _LOAD = inspect.signature(plgpu.load)

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gpu.attend import Lists, attend, forward
+from pallas_kernels.gpu.distance import placed
 from pallas_kernels.gpu.flash import Inputs
+from pallas_kernels.gpu.launch import generation
 from pallas_kernels.gpu.tiles import FULL, PARTIAL, SKIP, make_tiles
+from pallas_kernels.gpu.warpgroup import lay_of
 from pallas_kernels.tpu.problem import LOG2E, Layout, Problem, laid_out
 
 
@@ -27,8 +30,8 @@ def case(
     batch=1, heads=1, kv_heads=1, queries=128, keys=128, width=64, value_width=64, block_q=128, block_k=64, mask=None, masks=(),
     score=None, scores=(), phi=None, keep=None, by_head=False, seed=0,
 ) -> Case:  # fmt: skip
-    """masks, scores: operands ``[B|1, N|1, T|1, S|1]``. Tiles are as exact as the cells; lengths need not be whole blocks.
-    by_head: keys and values lie as in caches."""
+    """masks, scores: operands ``[B|1, N|1, T|1, S|1]``, or ``[N|1, T + S - 1]`` by distance. Tiles are as exact as the cells;
+    lengths need not be whole blocks. by_head: keys and values lie as in caches."""
     rng = np.random.default_rng(seed)
     base = Problem(
         batch, heads, kv_heads, queries, keys, block_q, block_k, 64, block_k, mask, layouts(masks), score, layouts(scores),
@@ -42,7 +45,9 @@ def case(
     scale = width**-0.5 * (LOG2E if base.base2 else 1.0)
     q = (q * scale).astype(jnp.bfloat16)
     b, h, t, s = np.ogrid[:batch, :heads, :queries, :keys]
-    ok = np.broadcast_to(True if mask is None else np.asarray(mask(b, h, t, s, *masks)), (batch, heads, queries, keys))
+    ok = np.broadcast_to(
+        True if mask is None else np.asarray(mask(b, h, t, s, *spread(masks, queries, keys))), (batch, heads, queries, keys)
+    )
     per_batch, per_head = bool((ok != ok[:1]).any()), bool((ok != ok[:, :1]).any())
     p = dataclasses.replace(base, per_batch=per_batch, per_head=per_head)
     lists = np.pad(ok[: batch if per_batch else 1, : heads if per_head else 1], ((0, 0), (0, 0), (0, 0), (0, columns - keys)))
@@ -54,7 +59,7 @@ def case(
     kf, vf = (np.repeat(x, heads // kv_heads, 2) for x in (kf, vf))
     logits = np.einsum("btnh,bsnh->bnts", qf, kf) / (LOG2E if base.base2 else 1.0)
     if score is not None:
-        logits = np.asarray(score(logits, b, h, t, s, *scores), np.float64)
+        logits = np.asarray(score(logits, b, h, t, s, *spread(scores, queries, keys)), np.float64)
     if phi is not None:
         weights, lse = np.where(ok, np.asarray(phi(logits), np.float64), 0), None
     else:
@@ -86,8 +91,17 @@ def case(
 def layouts(operands) -> tuple[Layout, ...]:
     forms = {(False, False): "one", (True, False): "row", (False, True): "column", (True, True): "cell"}
     return tuple(
-        Layout(forms[x.shape[2] > 1, x.shape[3] > 1], x.shape[0] > 1, x.shape[1] > 1, x.dtype.kind != "f") for x in operands
+        Layout("distance", False, x.shape[0] > 1, x.dtype.kind != "f")
+        if x.ndim == 2
+        else Layout(forms[x.shape[2] > 1, x.shape[3] > 1], x.shape[0] > 1, x.shape[1] > 1, x.dtype.kind != "f")
+        for x in operands
     )
+
+
+def spread(operands, queries, keys):
+    """Operands by distance with an entry for each cell, the others as they are."""
+    t, s = np.ogrid[:queries, :keys]
+    return [x[None, :, t - s + keys - 1] if x.ndim == 2 else x for x in operands]
 
 
 def numbers(*shape, seed=1):
@@ -128,6 +142,11 @@ CASES = {
         score=lambda x, b, h, t, s, row, column: jnp.tanh(x) * row + column,
         scores=(numbers(1, 1, 128, 1), numbers(1, 1, 1, 128, seed=2)),
     ),
+    "by distance": lambda: case(
+        heads=2, queries=150, keys=200, score=lambda x, b, h, t, s, table, row: x * row + table,
+        scores=(numbers(2, 349), numbers(1, 1, 150, 1)),
+        mask=lambda b, h, t, s, chosen: (chosen != 0) & (s <= t + 100), masks=(numbers(1, 349) > -0.5,),
+    ),
     "pointwise weights": lambda: case(keys=90, phi=lambda x: x * x, mask=causal),
     "dropout": lambda: case(keep=some_dropout),
     "values of another width": lambda: case(width=128, value_width=64),
@@ -147,6 +166,15 @@ BACKWARD_CASES = {
         score=lambda x, b, h, t, s, one, row, column, cell: jnp.tanh(x * one) * row + column * cell,
         scores=(numbers(1, 1, 1, 1), numbers(1, 2, 128, 1), numbers(1, 1, 1, 128, seed=2), numbers(1, 2, 128, 128, seed=3)),
     ),
+    "by distance": lambda: case(
+        block_k=128, batch=2, heads=2, queries=150, keys=200, mask=lambda b, h, t, s: s <= t + 60, keep=some_dropout,
+        score=lambda x, b, h, t, s, table, column, shared: jnp.tanh(x * column) * shared + table,
+        scores=(numbers(2, 349), numbers(1, 1, 1, 200, seed=2), numbers(1, 349, seed=3)),
+    ),
+    "by distance, pointwise weights": lambda: case(
+        block_k=128, heads=2, score=lambda x, b, h, t, s, table: x + table, scores=(numbers(2, 255),), phi=lambda x: x * x,
+        mask=lambda b, h, t, s: (s <= t) & (h + t > 3),
+    ),
     "wide heads": lambda: case(
         block_k=128, width=128, value_width=128, score=lambda x, b, h, t, s: jnp.tanh(x) * x, mask=causal
     ),
@@ -161,6 +189,8 @@ def results(c, state=None, slots=2):
     state = c.state if state is None else state
 
     def run(x, state):
+        rows = lay_of(generation()).rows
+        x = x._replace(score=placed(x.score, c.p.score_layouts, rows), mask=placed(x.mask, c.p.mask_layouts, rows))
         return forward(c.p, make_tiles(state.reshape(-1, *state.shape[2:])), x, slots)
 
     known = isinstance(state, np.ndarray)
@@ -180,8 +210,8 @@ def dense(c, q, k, v, scores, masks):
     b, h, t, s = np.ogrid[: p.batch, : p.heads, : p.queries, : p.keys]
     k, v = (jnp.repeat(x, p.group, axis=2) for x in (k, v))
     x = jnp.einsum("btnh,bsnh->bnts", q, k) / (LOG2E if p.base2 else 1.0)
-    x = x if p.score is None else p.score(x, b, h, t, s, *scores)
-    ok = jnp.broadcast_to(True if p.mask is None else p.mask(b, h, t, s, *masks), x.shape)
+    x = x if p.score is None else p.score(x, b, h, t, s, *spread(scores, p.queries, p.keys))
+    ok = jnp.broadcast_to(True if p.mask is None else p.mask(b, h, t, s, *spread(masks, p.queries, p.keys)), x.shape)
     if p.phi is not None:
         weights, lse = jnp.where(ok, p.phi(x), 0), jnp.zeros(x.shape[:3])
     else:

@@ -9,7 +9,6 @@ import pytest
 
 from pallas_kernels.gpu.attend import attend
 from pallas_kernels.gpu.refusal import LACKING, refusal
-from pallas_kernels.tpu.problem import Layout
 from tests.pallas.gpu_cases import case, causal
 
 PLAIN = case(block_k=128, mask=causal)
@@ -46,8 +45,6 @@ def test_functions_and_operands():
     assert "takes heads up to 128 wide" in refusal(narrow, wide, wide, wide, backward=True)
     odd = dataclasses.replace(PLAIN.p, block_k=96)
     assert "64 or 128 keys, not 128 by 96" in refusal(odd, shaped(), shaped(), shaped())
-    by_distance = dataclasses.replace(PLAIN.p, score_layouts=(Layout("distance", False, False, False),))
-    assert "by distance" in refusal(by_distance, shaped(), shaped(), shaped())
     floors = dataclasses.replace(PLAIN.p, score=lambda x, b, h, t, s: jax.jit(jnp.floor)(x))
     assert "'floor' does not run" in refusal(floors, shaped(), shaped(), shaped())
     assert "floor" in LACKING

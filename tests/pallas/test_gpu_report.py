@@ -67,7 +67,9 @@ def test_the_kernels_compile_for_hopper(width):
         assert f["wgmma"] > 0, f
         # Sums of both dk and dv, 128 wide, leave no room for more than a causal mask between the products.
         crowded = width > 64 and f["kernel"] == "attnzoo_flash_dkv" and f["case"] not in ("plain", "causal")
-        assert f["spill_stores"] <= (64 if crowded else 0), f
+        # Where an array by distance begins in memory is one number more than there are registers for.
+        tight = width > 64 and f["kernel"] == "attnzoo_flash_forward" and f["case"] == "distance"
+        assert f["spill_stores"] <= (64 if crowded else 4 if tight else 0), f
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pallas_kernels.tpu.problem import HIDDEN
 from tests.pallas.gpu_cases import CASES
 
 
-def part(x, layout, b, h, t0, s0, shape):
+def part(p, x, layout, b, h, t0, s0, shape):
     """A piece of a laid-out operand as the kernel hands it to a score or mask."""
     b, h = b if layout.per_batch else 0, h if layout.per_head else 0
     rows, columns = slice(t0, t0 + shape[0]), slice(s0, s0 + shape[1])
@@ -20,6 +20,9 @@ def part(x, layout, b, h, t0, s0, shape):
         return tile.across(x[b, h, 0, rows], shape)
     if layout.form == "column":
         return tile.down(x[b, h, 0, columns], shape)
+    if layout.form == "distance":
+        t, s = np.ogrid[rows, columns]
+        return x[h, 1, p.padded[0] + s - t]  # the copy that runs backwards
     return x[b, h, rows, columns].astype(jnp.int32 if x.dtype == jnp.int8 else x.dtype)
 
 
@@ -39,7 +42,7 @@ def walked(c):
             s0 = int(tiles.minor[tiles.begin[at] + n]) * p.block_k
             k, v = (a[b, s0 : s0 + p.block_k, h // p.group].astype(jnp.float32) for a in (x.k, x.v))
             cells = b, h, *(start + i for start, i in zip((t0, s0), np.indices(shape), strict=True))
-            parts = lambda xs, ls: [part(a, f, b, h, t0, s0, shape) for a, f in zip(xs, ls, strict=True)]  # noqa: B023, E731
+            parts = lambda xs, ls: [part(p, a, f, b, h, t0, s0, shape) for a, f in zip(xs, ls, strict=True)]  # noqa: B023, E731
             s = tile.scored(p, q @ k.T, *cells, parts(x.score, p.score_layouts))
             if n >= tiles.full[at]:
                 s = tile.hidden(p, s, *cells, parts(x.mask, p.mask_layouts), p.keys)
