@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pallas_kernels.tpu.launch import generation
 
 #: generation -> queries and keys of a tile, and of the pieces it is worked through in.
@@ -44,21 +46,22 @@ HELD_BYTES: dict[str, int] = {
 }
 
 
+def _here(table: dict[str, Any]) -> Any:
+    """The entry of the generation that kernels are traced for now; of one that is not known, that of v6e."""
+    return table.get(generation() or "", table["v6e"])
+
+
 def blocks() -> tuple[int, int, int, int]:
-    """For the generation that kernels are traced for now."""
-    return BLOCKS.get(generation() or "", BLOCKS["v6e"])
+    return _here(BLOCKS)
 
 
 def stairs() -> tuple[int, int]:
-    """For the generation that kernels are traced for now."""
-    return STAIRS.get(generation() or "", STAIRS["v6e"])
+    return _here(STAIRS)
 
 
 def queries_bytes() -> int:
-    """For the generation that kernels are traced for now."""
-    return QUERIES_BYTES.get(generation() or "", QUERIES_BYTES["v6e"])
+    return _here(QUERIES_BYTES)
 
 
 def held_bytes() -> int:
-    """For the generation that kernels are traced for now."""
-    return HELD_BYTES.get(generation() or "", HELD_BYTES["v6e"])
+    return _here(HELD_BYTES)
